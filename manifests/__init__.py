@@ -1,0 +1,1 @@
+"""Declarative inventories, layouts and recipes, as package data."""
