@@ -1,0 +1,201 @@
+"""From a source folder to a finished MLX folder: the order in which the stages run, and the guards around them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds4convert import config as configs
+from ds4convert import execute, journal, manifest
+from ds4convert import plan as plans
+from ds4convert.errors import EnvironmentFault, InputError, OutputError
+from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
+from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
+from ds4convert.inventory import Inventory, Named, name_tensors, recognise
+from ds4convert.journal import STATE_FOLDER, Finished
+from ds4convert.manifest import MANIFEST_NAME
+from ds4convert.sidefiles import CARRIED, survey
+from ds4convert.types import Plan
+
+MARGIN_BYTES = 16 << 20
+"""Room for folders, the journal and the manifest beside the planned bytes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose config and headers have been read: what is expected, what was found."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+    named: Named
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did. `resumed`: an earlier run had finished some of it; `already_done`: all of it."""
+
+    plan: Plan
+    manifest: Path
+    resumed: bool
+    already_done: bool
+
+
+def open_source(path: Path) -> Source:
+    """Return the source checkpoint at `path`, read and recognised, not yet compared with what its config implies."""
+    checkpoint = read_checkpoint(path)
+    if path.is_file():
+        raise InputError(f"{path}: a single file cannot be converted; name the checkpoint folder")
+    config = configs.parse_config(need_config(checkpoint))
+    named = name_tensors(config.family, checkpoint.tensors())
+    return Source(checkpoint, recognise(config, named.tensors), named)
+
+
+def make_plan(source: Source, options: plans.Options) -> Plan:
+    """Return the plan for converting `source`. Raises `InputError` with every difference found."""
+    side = survey(source.checkpoint.path)
+    return plans.build(source.inventory, source.named, source.checkpoint.files, options, side)
+
+
+def check_places(source: Path, out: Path) -> None:
+    """Raise `OutputError` when one of the two folders lies in the other."""
+    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+    if b.is_relative_to(a) or a.is_relative_to(b):
+        raise OutputError(f"{out}: source and output folder may not lie in each other; choose another output folder")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file, expected a folder or nothing")
+
+
+def _ours(name: str) -> bool:
+    """Return whether a conversion may have written the top-level entry `name`."""
+    plain = name.removesuffix(PARTIAL)
+    fixed = {"config.json", plans.INDEX_NAME, MANIFEST_NAME, STATE_FOLDER, "mtp", "ds4_mlx_model.py"} | CARRIED
+    return plain in fixed or (plain.startswith("model") and plain.endswith(".safetensors"))
+
+
+def _is_done(out: Path, plan: Plan) -> bool:
+    """Return whether the folder holds the finished result of this very plan, by manifest and file sizes."""
+    with contextlib.suppress(InputError):
+        found = manifest.read(out)
+        return (
+            found is not None
+            and found["plan"] == plan.id
+            and all((out / f.name).is_file() and (out / f.name).stat().st_size == f.size for f in plan.files)
+            and all((out / n).is_file() for n in [*plan.texts, *plan.copies])
+        )
+    return False
+
+
+def _clear(out: Path, disk: Disk) -> None:
+    """Remove what a conversion writes, and nothing else; the manifest goes first."""
+    entries = sorted(os.scandir(out), key=lambda e: e.name != MANIFEST_NAME)
+    for entry in entries:
+        if _ours(entry.name):
+            disk.remove(Path(entry.path))
+
+
+def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
+    """Raise `OutputError` when the folder holds what is neither this plan's unfinished run nor empty."""
+    if overwrite or not out.exists():
+        return
+    state = out / STATE_FOLDER
+    if state.is_symlink():
+        raise OutputError(f"{state}: is a link; remove it")
+    if state.is_dir():
+        journal.check_same_plan(state, plan)
+        return
+    names = sorted(e.name for e in os.scandir(out) if not e.name.startswith("."))
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise OutputError(f"{out}: is not empty (it holds {shown}); choose another folder, or add --overwrite")
+
+
+def _check_room(out: Path, plan: Plan) -> None:
+    """Raise `EnvironmentFault` when the disk cannot hold what is still to be written."""
+    need = plans.output_bytes(plan) + MARGIN_BYTES
+    for f in plan.files:
+        for path in (out / f.name, out / (f.name + PARTIAL)):
+            if path.is_file():
+                need -= min(path.stat().st_blocks * 512, f.size)
+    free = free_bytes(out)
+    if need > free:
+        raise EnvironmentFault(
+            f"{out}: the result needs {need:,} more bytes, but this disk has {free:,} free; "
+            f"free {need - free:,} bytes, or choose a folder on another disk. Nothing was written"
+        )
+
+
+def run(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    jobs: int = 2,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda n: None,
+    disk: Disk | None = None,
+) -> Outcome:
+    """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
+
+    `progress` is called with numbers of bytes as they are written or found finished. Raises `InputError` or
+    `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there.
+    """
+    disk = disk or Disk()
+    check_places(source.checkpoint.path, out)
+    if not overwrite and out.is_dir() and _is_done(out, plan):
+        with disk_errors("cleaning", out):
+            disk.remove(out / STATE_FOLDER)
+        progress(sum(f.size for f in plan.files))
+        return Outcome(plan, out / MANIFEST_NAME, True, True)
+    _check_output(out, plan, overwrite)
+    if not overwrite or not out.exists():
+        _check_room(out, plan)
+    with disk_errors("writing", out):
+        disk.make_folder(out)
+        state = out / STATE_FOLDER
+        if overwrite:
+            _clear(out, disk)
+            _check_room(out, plan)
+        disk.make_folder(state)
+        lock = journal.Lock(state)
+    try:
+        return _locked(source, plan, out, jobs, progress, disk)
+    finally:
+        lock.release()
+
+
+def _locked(
+    source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk
+) -> Outcome:
+    state = out / STATE_FOLDER
+    sources = execute.Sources(source.checkpoint.path, plan)
+    try:
+        with disk_errors("writing", state):
+            finished = journal.begin(disk, state, plan, sources.prints)
+            log = journal.Journal(disk, state)
+        try:
+            resumed = bool(finished.steps or finished.files)
+            run_ = execute.Run(plan, out, sources, disk, log, finished, progress)
+            result = run_.files(jobs)
+        finally:
+            log.close()
+        with disk_errors("writing", out):
+            _finish(source, plan, out, result, disk)
+    finally:
+        sources.close()
+    return Outcome(plan, out / MANIFEST_NAME, resumed, False)
+
+
+def _finish(source: Source, plan: Plan, out: Path, result: execute.Result, disk: Disk) -> None:
+    """Write the small files, then the manifest; last, remove the state."""
+    for name in plan.copies:
+        disk.write_file(out / name, read_small(source.checkpoint.path, name))
+    for name, text in plan.texts.items():
+        disk.write_file(out / name, text)
+    disk.write_file(out / MANIFEST_NAME, manifest.build(plan, result.digests, result.hashes))
+    disk.remove(out / STATE_FOLDER)
+    disk.sync_folder(out)
+
+
+__all__ = ["Finished", "Outcome", "Source", "check_places", "make_plan", "open_source", "run"]

@@ -1,0 +1,348 @@
+"""Carries out a plan: read range, transform, write at offset, hash, journal. Decides nothing.
+
+Memory: a worker holds a few pieces of 4 MB, whatever the size of a tensor or a model. Each worker writes one file from
+front to back, so that its sha256 comes from the bytes as they pass; hashing, and syncing finished batches to the
+disk, each have a thread of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from ds4convert.errors import EnvironmentFault, HeaderError
+from ds4convert.files import PARTIAL, Disk, disk_errors
+from ds4convert.folder import open_file, resolve_inside
+from ds4convert.formats.transforms import CHUNK_BYTES, TRANSFORMS, Piece
+from ds4convert.journal import Finished, Fingerprint, Journal
+from ds4convert.types import ByteRange, OutputFile, Plan, Step
+
+BATCH_BYTES = 256 << 20
+"""Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
+
+BUFFERS = 6
+"""Pieces of one worker that may be in flight between reading and hashing."""
+
+Progress = Callable[[int], None]
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user interrupted; this one stopped between two pieces."""
+
+
+@dataclass
+class Result:
+    """Digest (xxh3-128 hex) per step number and sha256 hex per file number; None where hashing is off."""
+
+    digests: dict[int, str | None] = field(default_factory=dict)
+    hashes: dict[int, str | None] = field(default_factory=dict)
+
+
+class Sources:
+    """Open source files, read by range. Refuses files that are no longer what the plan saw."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.fds: list[int] = []
+        self.prints: dict[str, Fingerprint] = {}
+        self._names = [s.name for s in plan.sources]
+        try:
+            for s in plan.sources:
+                fd = open_file(resolve_inside(folder, s.name), s.name)
+                self.fds.append(fd)
+                status = os.fstat(fd)
+                self.prints[s.name] = (status.st_size, status.st_mtime_ns)
+                if status.st_size != s.size:
+                    raise HeaderError(f"{s.name}: {status.st_size} bytes, but {s.size} when the run was planned")
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, r: ByteRange) -> bytes:
+        """Return the bytes of a range. Raises `HeaderError` when the file ends early."""
+        try:
+            data = os.pread(self.fds[r.file], r.size, r.offset)
+        except OSError as e:
+            raise self._unreadable(r, e) from e
+        if len(data) == r.size:
+            return data
+        whole = bytearray(r.size)  # the kernel gave less than asked for: a signal, or the end of the file
+        self.read_into(memoryview(whole), r)
+        return bytes(whole)
+
+    def read_into(self, view: memoryview, r: ByteRange) -> None:
+        """Fill `view`, which is as long as the range."""
+        done = 0
+        try:
+            while done < r.size:
+                n = os.preadv(self.fds[r.file], [view[done:]], r.offset + done)
+                if n == 0:
+                    self.ended(r)
+                done += n
+        except OSError as e:
+            raise self._unreadable(r, e) from e
+
+    def _unreadable(self, r: ByteRange, e: OSError) -> EnvironmentFault:
+        place = f"bytes {r.offset}..{r.offset + r.size}"
+        return EnvironmentFault(f"{self._names[r.file]}: {place} cannot be read: {e.strerror}")
+
+    def ended(self, r: ByteRange) -> None:
+        """Raise the error of a source file that ends before a planned range does."""
+        raise HeaderError(
+            f"{self._names[r.file]}: ends before byte {r.offset + r.size}; the file is being changed, or is truncated"
+        )
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+class Buffers:
+    """A fixed set of reusable buffers: the bound on a worker's memory, and its back-pressure."""
+
+    def __init__(self, count: int, stop: threading.Event) -> None:
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._stop = stop
+        for _ in range(count):
+            self._free.put(bytearray(CHUNK_BYTES))
+
+    def take(self) -> bytearray:
+        """Return a free buffer, waiting for one. Raises `Stopped` when the run is being stopped."""
+        while not self._stop.is_set():
+            try:
+                return self._free.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        raise Stopped
+
+    def give(self, buffer: bytearray) -> None:
+        """Take a buffer back."""
+        self._free.put(buffer)
+
+
+class FileWriter:
+    """Writes one file of the plan: its header, then its steps in order; resumes what an earlier run left."""
+
+    def __init__(self, run: Run, number: int) -> None:
+        self.run, self.number = run, number
+        self.file: OutputFile = run.plan.files[number]
+        self.path = run.out / self.file.name
+        self.partial = self.path.with_name(self.path.name + PARTIAL)
+        self.sha = hashlib.sha256() if run.plan.hashing else None
+        self.batch: dict[int, str | None] = {}
+        self.batch_bytes = 0
+        self.buffers = Buffers(BUFFERS, run.stop)
+        self.hasher = ThreadPoolExecutor(1, "hash")
+        self.syncer = ThreadPoolExecutor(1, "sync")
+        self.hashing: list[Future[None]] = []  # appended to by the worker only
+        self.syncing: list[Future[None]] = []  # appended to by the hashing thread, or by the worker when that is idle
+        self.fd = -1
+
+    def write(self) -> None:
+        """Produce the file under its final name, or raise with all finished steps recorded."""
+        with disk_errors("writing", self.partial):
+            self._recover_name()
+            self.fd = self.run.disk.open_partial(self.partial, self.file.size)
+            try:
+                self._contents()
+            finally:
+                self.hasher.shutdown(wait=True)
+                self.syncer.shutdown(wait=True)
+                os.close(self.fd)
+            self.run.disk.rename(self.partial, self.path)
+        sha256 = self.sha.hexdigest() if self.sha else None
+        self.run.journal.file(self.number, sha256)
+        self.run.result.hashes[self.number] = sha256
+
+    def _recover_name(self) -> None:
+        """A run that ended between rename and record leaves the final name: take it back to be checked."""
+        if self.path.exists() and not self.path.is_symlink() and self.path.stat().st_size == self.file.size:
+            self.run.disk.rename(self.path, self.partial)
+        if not self.partial.exists() or self.partial.stat().st_size != self.file.size:
+            for n in self.run.steps_of[self.number]:
+                self.run.finished.steps.pop(n, None)
+
+    def _contents(self) -> None:
+        try:
+            self.run.disk.write_at(self.fd, self.file.header, 0)
+            if self.sha:
+                self.sha.update(self.file.header)
+            for n in self.run.steps_of[self.number]:
+                if not self._kept(n):
+                    self._step(n)
+        finally:
+            self._drain()
+            self._commit()
+            self._drain()
+        self.run.disk.sync_data(self.fd)
+
+    def _drain(self) -> None:
+        """Wait for hashing, then syncing, in flight; the first failure is raised."""
+        for waiting in (self.hashing, self.syncing):
+            while waiting:
+                waiting.pop(0).result()
+
+    def _kept(self, n: int) -> bool:
+        """Return whether step `n` was finished by an earlier run; with hashing on, its bytes are read back and compared."""
+        if n not in self.run.finished.steps:
+            return False
+        self._drain()
+        output = self.run.plan.steps[n].outputs[0]
+        digest = self.run.finished.steps[n]
+        if self.sha is not None:
+            # The file's hash has to see these bytes anyway; on a mismatch it must not have.
+            trial, tensor = self.sha.copy(), xxhash.xxh3_128()
+            for start in range(0, output.size, CHUNK_BYTES):
+                self.run.check_stop()
+                data = os.pread(self.fd, min(CHUNK_BYTES, output.size - start), output.offset + start)
+                trial.update(data)
+                tensor.update(data)
+            if tensor.hexdigest() != digest:
+                return False
+            self.sha = trial
+        self.run.result.digests[n] = digest
+        self.run.progress(output.size)
+        return True
+
+    def _step(self, n: int) -> None:
+        step = self.run.plan.steps[n]
+        tensor = xxhash.xxh3_128() if self.sha else None
+        for piece in TRANSFORMS[step.transform](step, self.run.sources.read):
+            self.run.check_stop()
+            self._piece(step, piece, tensor)
+        self.hashing.append(self.hasher.submit(self._finish, n, tensor))
+        while self.hashing and self.hashing[0].done():
+            self.hashing.pop(0).result()
+
+    def _piece(self, step: Step, piece: Piece, tensor: xxhash.xxh3_128 | None) -> None:
+        """Write one piece; hand its bytes to the hasher if hashing is on."""
+        at = step.outputs[piece.output].offset + piece.offset
+        disk = self.run.disk
+        r = piece.source
+        if r is not None and tensor is None and self._kernel_copied(r, at):
+            self.run.progress(r.size)
+            return
+        buffer = self.buffers.take()  # for bytes that a transform made, only a token that bounds what is in flight
+        if r is not None:
+            data: bytes | memoryview = memoryview(buffer)[: r.size]
+            self.run.sources.read_into(memoryview(buffer)[: r.size], r)
+        else:
+            assert piece.data is not None
+            data = piece.data
+        disk.write_at(self.fd, data, at)
+        self.run.progress(len(data))
+        if tensor is not None:
+            self.hashing.append(self.hasher.submit(self._hash, data, tensor, buffer))
+        else:
+            self.buffers.give(buffer)
+
+    def _kernel_copied(self, r: ByteRange, at: int) -> bool:
+        try:
+            return self.run.disk.copy_range(self.run.sources.fds[r.file], r.offset, self.fd, at, r.size)
+        except EOFError:
+            self.run.sources.ended(r)
+            raise
+
+    def _hash(self, data: bytes | memoryview, tensor: xxhash.xxh3_128, buffer: bytearray) -> None:
+        assert self.sha is not None
+        self.sha.update(data)
+        tensor.update(data)
+        self.buffers.give(buffer)
+
+    def _finish(self, n: int, tensor: xxhash.xxh3_128 | None) -> None:
+        """On the hashing thread: the step's bytes are written and hashed; have them synced with their batch."""
+        digest = tensor.hexdigest() if tensor else None
+        self.run.result.digests[n] = digest
+        self.batch[n] = digest
+        self.batch_bytes += sum(o.size for o in self.run.plan.steps[n].outputs)
+        if self.batch_bytes >= BATCH_BYTES:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Sync the batch, then record it. Runs on the syncing thread, while later pieces are written."""
+        batch, self.batch, self.batch_bytes = self.batch, {}, 0
+        if batch:
+            self.syncing.append(self.syncer.submit(self._sync, batch))
+
+    def _sync(self, batch: Mapping[int, str | None]) -> None:
+        with disk_errors("writing", self.partial):
+            self.run.disk.sync_data(self.fd)
+        self.run.journal.steps(batch)
+
+
+@dataclass
+class Run:
+    """One execution of a plan: what all workers share."""
+
+    plan: Plan
+    out: Path
+    sources: Sources
+    disk: Disk
+    journal: Journal
+    finished: Finished
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+    result: Result = field(default_factory=Result)
+
+    def __post_init__(self) -> None:
+        self.steps_of: list[list[int]] = [[] for _ in self.plan.files]
+        for n, step in enumerate(self.plan.steps):
+            self.steps_of[step.outputs[0].file].append(n)
+
+    def check_stop(self) -> None:
+        """Raise `Stopped` when the run is being stopped."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def _file(self, number: int) -> None:
+        self.check_stop()
+        name = self.plan.files[number].name
+        if number in self.finished.files and self._whole(number):
+            self.result.hashes[number] = self.finished.files[number]
+            for n in self.steps_of[number]:
+                self.result.digests[n] = self.finished.steps.get(n)
+            self.progress(self.plan.files[number].size - len(self.plan.files[number].header))
+            return
+        self.disk.make_folder((self.out / name).parent)
+        FileWriter(self, number).write()
+
+    def _whole(self, number: int) -> bool:
+        path = self.out / self.plan.files[number].name
+        known = all(n in self.finished.steps for n in self.steps_of[number])
+        return known and path.is_file() and not path.is_symlink() and path.stat().st_size == self.plan.files[number].size
+
+    def files(self, jobs: int) -> Result:
+        """Write all files with `jobs` workers. The first failure, or an interrupt, stops the others cleanly."""
+        with ThreadPoolExecutor(jobs, "convert") as pool:
+            waiting = {pool.submit(self._file, n) for n in range(len(self.plan.files))}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    failed = [f.exception() for f in done if f.exception()]
+                    if failed:
+                        self.stop.set()
+                        waiting = self._settle(waiting, failed)
+                        raise next(e for e in failed if e is not None and not isinstance(e, Stopped))
+            except BaseException:
+                self.stop.set()
+                for future in waiting:
+                    future.cancel()
+                raise
+        return self.result
+
+    @staticmethod
+    def _settle(waiting: set[Future[None]], failed: list[BaseException | None]) -> set[Future[None]]:
+        """Wait for the other workers to stop, collecting their failures."""
+        for future in waiting:
+            future.cancel()
+        done, _ = wait(waiting)
+        failed += [f.exception() for f in done if not f.cancelled() and f.exception()]
+        return set()

@@ -1,0 +1,102 @@
+"""The manifest: the final account of every source tensor and every output file. Written last, by rename.
+
+Holds no times, no machine names and no paths outside the folder, so equal inputs and options give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ds4convert import strictjson
+from ds4convert.errors import InputError
+from ds4convert.folder import read_small
+from ds4convert.types import JSON, Plan, Step
+
+MANIFEST_NAME = "ds4convert_manifest.json"
+VERSION = 1
+MAX_BYTES = 400_000_000
+
+
+def tool_version() -> str:
+    """Return the version of the installed package."""
+    return metadata.version("ds4convert")
+
+
+def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, str | None]) -> bytes:
+    """Return the manifest's bytes for an executed plan: `digests` by step number, `hashes` by file number."""
+    small = {name: hashlib.sha256(text).hexdigest() for name, text in plan.texts.items()} | dict(plan.copies)
+    sizes = {name: len(text) for name, text in plan.texts.items()}
+    files = [{"name": f.name, "bytes": f.size, "sha256": hashes[n]} for n, f in enumerate(plan.files)]
+    files += [{"name": n, "sha256": h} | ({"bytes": sizes[n]} if n in sizes else {}) for n, h in small.items()]
+    table: JSON = {
+        "manifest_version": VERSION,
+        "tool": {"name": "ds4convert", "version": tool_version()},
+        "family": plan.family,
+        "head": {"kind": plan.head_kind, "tensors": sum(s.part == "mtp" for s in plan.steps)},
+        "recipe": plan.recipe,
+        "formats": dict(plan.formats),
+        "layout": plan.layout,
+        "plan": plan.id,
+        "source": {
+            "files": [{"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256} for s in plan.sources]
+        },
+        "tensors": [r for n, s in enumerate(plan.steps) for r in _records(plan, s, digests[n])],
+        "files": sorted(files, key=lambda f: str(f["name"])),
+        "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],
+        "files_left_out": [{"file": x.tensor, "why": x.why} for x in plan.files_left_out],
+    }
+    return strictjson.pretty(table)
+
+
+def _records(plan: Plan, step: Step, digest: str | None) -> list[JSON]:
+    return [
+        {
+            "name": o.name,
+            "file": plan.files[o.file].name,
+            "offset": o.offset,
+            "bytes": o.size,
+            "dtype": o.dtype,
+            "shape": list(o.shape),
+            "format": step.format,
+            "part": step.part,
+            "role": step.role,
+            "layer": step.layer,
+            "sources": [name for names in step.sources for name in names],
+            "source_dtype": step.source_dtype,
+            "xxh3_128": digest,
+        }
+        for o in step.outputs
+    ]
+
+
+def read(folder: Path) -> JSON | None:
+    """Return the manifest of a converted folder, or None when it has none.
+
+    Raises `InputError` when there is one that is not ours or of a newer kind.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    table = strictjson.loads(read_small(folder, MANIFEST_NAME, MAX_BYTES), MANIFEST_NAME)
+    if not isinstance(table, dict) or table.get("manifest_version") != VERSION or not _well_formed(table):
+        raise InputError(f"{MANIFEST_NAME}: not a manifest that this version of ds4convert reads")
+    return table
+
+
+_RECORD: Mapping[str, Any] = {
+    "name": str, "file": str, "offset": int, "bytes": int, "dtype": str, "shape": list, "format": str, "sources": list,
+}  # fmt: skip
+
+
+def _well_formed(table: JSON) -> bool:
+    """Return whether the parts that verify relies on have the right types."""
+    lists = all(isinstance(table.get(k), list) for k in ("tensors", "files", "left_out"))
+    if not lists or not all(isinstance(table.get(k), str) for k in ("family", "layout", "plan", "recipe")):
+        return False
+    records = all(
+        isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in _RECORD.items()) for r in table["tensors"]
+    )
+    return records and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in table["files"])

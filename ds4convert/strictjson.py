@@ -1,0 +1,82 @@
+"""JSON from strangers: parsed with every ambiguity refused.
+
+Owns the bounds under which untrusted JSON is parsed (size, number of values, no duplicate keys, valid UTF-8,
+no NaN literals, bounded nesting). Refuses rather than repairs. Does no I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NoReturn
+
+from ds4convert.errors import InputError
+
+MAX_VALUES = 2_500_000
+"""More values than the header of any known model in one file (Pro: about 1.3 million), and a bound on memory."""
+
+ASCII_ABOVE_BYTES = 16_000_000
+"""A text with one wide character takes four bytes for each; larger documents have to be plain ASCII."""
+
+
+def loads(raw: bytes, where: str, error: type[InputError] = InputError) -> Any:
+    """Return the value of the JSON text `raw`; `where` names its origin in messages.
+
+    Raises `error` on invalid UTF-8, invalid JSON, duplicate keys, NaN or Infinity literals, lone surrogates in
+    keys, too many values or too deep nesting.
+    """
+
+    def fail(why: str) -> NoReturn:
+        raise error(f"{where}: {why}")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(items)
+        if len(out) != len(items):
+            seen: set[str] = set()
+            for key, _ in items:
+                if key in seen:
+                    fail(f"the key {show(key)} occurs twice; a reader could take either")
+                seen.add(key)
+        return out
+
+    def constant(literal: str) -> NoReturn:
+        fail(f"{literal} is not JSON")
+
+    if len(raw) > ASCII_ABOVE_BYTES and not raw.isascii():
+        fail(f"{len(raw)} bytes of JSON with non-ASCII text; this large, only ASCII is accepted")
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > MAX_VALUES:
+        fail(f"{values} JSON values, expected at most {MAX_VALUES}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        fail(f"not valid UTF-8 at byte {e.start}")
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as e:
+        fail(f"not valid JSON: {e.msg} at character {e.pos}")
+    except RecursionError:
+        fail("not valid JSON: nested too deeply")
+    except ValueError as e:  # an integer of more digits than Python converts
+        fail(f"not acceptable JSON: {e}")
+
+
+def dumps(value: Any) -> bytes:
+    """Return canonical JSON of `value`: keys sorted, no spaces, UTF-8. Equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def pretty(value: Any) -> bytes:
+    """Return indented JSON of `value` in its own key order, with a final newline, for files that people read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 hex digest of the canonical JSON of `value`."""
+    return hashlib.sha256(dumps(value)).hexdigest()
+
+
+def show(text: str, limit: int = 120) -> str:
+    """Return `text` safe for a terminal: control and unencodable characters escaped, long ones shortened."""
+    cut = text if len(text) <= limit else text[: limit - 20] + "..." + text[-17:]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
