@@ -43,8 +43,11 @@ class ModelConfig:
     head_hint: str
 
 
-def parse_config(raw: bytes, where: str = "config.json") -> ModelConfig:
-    """Return the checked config. Raises `ConfigError` naming the key, what was expected and what was found."""
+def parse_config(raw: bytes, where: str = "config.json", is_mlx: bool = False) -> ModelConfig:
+    """Return the checked config; `is_mlx` says that it is of a converted folder, whose table is MLX's own.
+
+    Raises `ConfigError` naming the key, what was expected and what was found.
+    """
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{where}: {len(raw)} bytes, expected at most {MAX_CONFIG_BYTES}")
     table = strictjson.loads(raw, where, ConfigError)
@@ -52,10 +55,10 @@ def parse_config(raw: bytes, where: str = "config.json") -> ModelConfig:
         raise ConfigError(f"{where}: expected a JSON object")
     if "model_type" not in table:
         raise ConfigError(f"{where}: has no model_type")
-    return check_config(table, where)
+    return check_config(table, where, is_mlx)
 
 
-def check_config(table: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def check_config(table: Mapping[str, Any], where: str = "config.json", is_mlx: bool = False) -> ModelConfig:
     """Return the checked config of the parsed JSON object `table`."""
     family = family_of(table["model_type"])
     keys = family.config_keys
@@ -76,9 +79,19 @@ def check_config(table: Mapping[str, Any], where: str = "config.json") -> ModelC
         raise ConfigError(f"{where}: {layers} layers of {dims['E']} experts is more than this tool handles")
     if dims["H"] * dims["d"] % dims["G"]:
         raise ConfigError(f"{where}: o_groups {dims['G']} does not divide {dims['H']} heads of {dims['d']}")
-    has_fp8, tile = _fp8(table, where)
+    has_fp8, tile = (False, DEFAULT_TILE) if is_mlx else _fp8(table, where)
     return ModelConfig(
-        family, table, dims, layers, stages, hash_layers, ratios, _expert_dtype(table, where), has_fp8, tile, hint
+        family,
+        table,
+        dims,
+        layers,
+        stages,
+        hash_layers,
+        ratios,
+        _expert_dtype(table, where),
+        has_fp8,
+        tile,
+        hint,
     )
 
 
@@ -90,9 +103,7 @@ def named_config(name: str) -> bytes | None:
     return entry.read_bytes() if entry.is_file() else None
 
 
-def _number(
-    table: Mapping[str, Any], key: str, where: str, least: int = 1, default: int | None = None
-) -> int:
+def _number(table: Mapping[str, Any], key: str, where: str, least: int = 1, default: int | None = None) -> int:
     value = table.get(key, default)
     if type(value) is not int or not least <= value <= MAX_DIM:
         found = show(repr(table[key])) if key in table else "nothing"

@@ -71,7 +71,14 @@ def check_places(source: Path, out: Path) -> None:
 def _ours(name: str) -> bool:
     """Return whether a conversion may have written the top-level entry `name`."""
     plain = name.removesuffix(PARTIAL)
-    fixed = {"config.json", plans.INDEX_NAME, MANIFEST_NAME, STATE_FOLDER, "mtp", "ds4_mlx_model.py"} | CARRIED
+    fixed = {
+        "config.json",
+        plans.INDEX_NAME,
+        MANIFEST_NAME,
+        STATE_FOLDER,
+        "mtp",
+        "ds4_mlx_model.py",
+    } | CARRIED
     return plain in fixed or (plain.startswith("model") and plain.endswith(".safetensors"))
 
 
@@ -165,9 +172,7 @@ def run(
         lock.release()
 
 
-def _locked(
-    source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk
-) -> Outcome:
+def _locked(source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk) -> Outcome:
     state = out / STATE_FOLDER
     sources = execute.Sources(source.checkpoint.path, plan)
     try:

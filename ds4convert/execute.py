@@ -22,7 +22,7 @@ from ds4convert.errors import EnvironmentFault, HeaderError
 from ds4convert.files import PARTIAL, Disk, disk_errors
 from ds4convert.folder import open_file, resolve_inside
 from ds4convert.formats.transforms import CHUNK_BYTES, TRANSFORMS, Piece
-from ds4convert.journal import Finished, Fingerprint, Journal
+from ds4convert.journal import Fingerprint, Finished, Journal
 from ds4convert.types import ByteRange, OutputFile, Plan, Step
 
 BATCH_BYTES = 256 << 20
@@ -317,7 +317,9 @@ class Run:
     def _whole(self, number: int) -> bool:
         path = self.out / self.plan.files[number].name
         known = all(n in self.finished.steps for n in self.steps_of[number])
-        return known and path.is_file() and not path.is_symlink() and path.stat().st_size == self.plan.files[number].size
+        return (
+            known and path.is_file() and not path.is_symlink() and path.stat().st_size == self.plan.files[number].size
+        )
 
     def files(self, jobs: int) -> Result:
         """Write all files with `jobs` workers. The first failure, or an interrupt, stops the others cleanly."""

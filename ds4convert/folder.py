@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +96,10 @@ def read_header(path: Path, name: str, file: int = 0) -> tuple[SourceFile, Heade
     return SourceFile(name, size, hashlib.sha256(raw).hexdigest()), headers.parse_header(raw, size, name, file)
 
 
-def _read_json(read: object, length: int, name: str) -> bytes:
+def _read_json(read: Callable[[int], bytes], length: int, name: str) -> bytes:
     """Return `length` bytes, giving up at the first piece that cannot be JSON: a huge sparse file costs nothing."""
-    assert callable(read)
-    pieces, left = [], length
+    pieces: list[bytes] = []
+    left = length
     while left:
         piece = read(min(left, 1 << 20))
         if not piece:
@@ -129,9 +129,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if len(names) > MAX_FILES:
         raise InputError(f"{show(str(path))}: names {len(names)} files, expected at most {MAX_FILES}")
     read = [read_header(resolve_inside(path, name), name, at) for at, name in enumerate(names)]
-    found = Checkpoint(
-        path, tuple(s for s, _ in read), tuple(h for _, h in read), _config(path), index is not None
-    )
+    found = Checkpoint(path, tuple(s for s, _ in read), tuple(h for _, h in read), _config(path), index is not None)
     _check_placement(found, index)
     return found
 

@@ -154,6 +154,4 @@ def check_file_name(name: Any, where: str) -> None:
     if path is None or not name or not name.isprintable() or "\\" in name:
         raise HeaderError(f"{where}: {show(str(name))!r} is not a file name")
     if path.is_absolute() or len(path.parts) != 1 or name in {".", ".."} or not name.endswith(".safetensors"):
-        raise HeaderError(
-            f"{where}: names the file {show(name)!r}; expected a .safetensors file in the same folder"
-        )
+        raise HeaderError(f"{where}: names the file {show(name)!r}; expected a .safetensors file in the same folder")

@@ -7,7 +7,7 @@ the kind of head, and how experts and dense weights are stored. Tensor names dec
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds4convert.config import ModelConfig
 from ds4convert.errors import InventoryError
@@ -142,9 +142,7 @@ def _module_specs(module: Module) -> Iterator[TensorSpec]:
         yield TensorSpec(name, shape, dtypes, module.role, module.part, module.block)
         if module.has_scale:
             name = module.scale_name(expert)
-            yield TensorSpec(
-                name, module.scale_shape(), ("F8_E8M0",), module.role, module.part, module.block
-            )
+            yield TensorSpec(name, module.scale_shape(), ("F8_E8M0",), module.role, module.part, module.block)
 
 
 def _fused_specs(module: Module) -> Iterator[TensorSpec]:
@@ -166,7 +164,7 @@ def expected(config: ModelConfig) -> Inventory:
     head = config.family.heads.get(config.head_hint)
     stages = 0 if head is None else _stages_from_config(config, head)
     kind = config.head_hint if stages else "none"
-    return _expand(config, kind, stages, {BACKBONE: storage, HEAD: storage})
+    return _settled(expand(config, kind, stages, {BACKBONE: storage, HEAD: storage}), {})
 
 
 def _stages_from_config(config: ModelConfig, head: HeadKind) -> int:
@@ -193,7 +191,20 @@ def recognise(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Inventory
         base = expected(config)
         kind, stages = base.head_kind, base.stages
     storage = {part: _storage(config, found, prefix) for part, prefix in _PREFIXES.items()}
-    return _expand(config, kind, stages, storage)
+    return _settled(expand(config, kind, stages, storage), found)
+
+
+def _settled(inventory: Inventory, found: Mapping[str, TensorInfo]) -> Inventory:
+    """Return the inventory with a dtype chosen where the family allows several: the one found, else the first."""
+
+    def settle(module: Module) -> Module:
+        options = module.store.split(" or ")
+        if len(options) == 1:
+            return module
+        dtype = _dtype(found, module.weight_name())
+        return replace(module, store=dtype if dtype in options else options[0])
+
+    return replace(inventory, modules=tuple(settle(m) for m in inventory.modules))
 
 
 _PREFIXES = {BACKBONE: "layers.0.", HEAD: "mtp.0."}
@@ -223,9 +234,7 @@ def _head_kind(config: ModelConfig, found: Mapping[str, TensorInfo]) -> tuple[st
 def _storage(config: ModelConfig, found: Mapping[str, TensorInfo], prefix: str) -> Storage:
     """Return how one part is stored: as the config says where it does, else by the dtypes of its first tensors."""
     dense = "fp8" if config.has_fp8 else _FOUND_STORE.get(_dtype(found, prefix + "attn.wq_a.weight"), "bf16")
-    fused_tensor = next(
-        (found[prefix + f.name] for f in config.family.fused if prefix + f.name in found), None
-    )
+    fused_tensor = next((found[prefix + f.name] for f in config.family.fused if prefix + f.name in found), None)
     first = fused_tensor.dtype if fused_tensor else _dtype(found, prefix + "ffn.experts.0.w1.weight")
     declared = config.expert_dtype if config.expert_dtype == "fp4" else None
     experts = declared or _FOUND_STORE.get(first, config.expert_dtype or dense)
@@ -240,7 +249,8 @@ def _dtype(found: Mapping[str, TensorInfo], name: str) -> str:
     return info.dtype if info else ""
 
 
-def _expand(config: ModelConfig, kind: str, stages: int, storage: Mapping[str, Storage]) -> Inventory:
+def expand(config: ModelConfig, kind: str, stages: int, storage: Mapping[str, Storage]) -> Inventory:
+    """Return the inventory of a config with everything that it leaves open settled: head and storage per part."""
     family = config.family
     modules: list[Module] = []
     first = [r for r in family.root if r.file == "first"]
@@ -250,18 +260,17 @@ def _expand(config: ModelConfig, kind: str, stages: int, storage: Mapping[str, S
         ratio, is_hash = config.ratios[layer], layer < config.hash_layers
         rows = _rows_of(family, ratio, is_hash)
         prefix = f"layers.{layer}."
-        modules += [
-            _module(config, r, prefix + r.name, BACKBONE, layer, ratio, storage[BACKBONE]) for r in rows
-        ]
+        modules += [_module(config, r, prefix + r.name, BACKBONE, layer, ratio, storage[BACKBONE]) for r in rows]
     modules += [_module(config, r, r.name, BACKBONE, None, 0, storage[BACKBONE]) for r in last]
     for stage in range(stages):
         at = config.layers + stage
         ratio = config.ratios[at] if at < len(config.ratios) else 0
         prefix = f"mtp.{stage}."
-        for own, rows in ((True, _head_rows(family.heads[kind], stage, stages)), (False, _rows_of(family, ratio, False))):
-            modules += [
-                _module(config, r, prefix + r.name, HEAD, stage, ratio, storage[HEAD], own) for r in rows
-            ]
+        for own, rows in (
+            (True, _head_rows(family.heads[kind], stage, stages)),
+            (False, _rows_of(family, ratio, False)),
+        ):
+            modules += [_module(config, r, prefix + r.name, HEAD, stage, ratio, storage[HEAD], own) for r in rows]
     return Inventory(config, kind, stages, storage, tuple(modules))
 
 

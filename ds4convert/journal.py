@@ -65,7 +65,9 @@ def check_same_plan(state: Path, plan: Plan) -> None:
     if found is None or found.get("plan") == plan.id:
         return
     differs = [
-        f"{k} was {found.get(k)}, now {v}" for k, v in ours.items() if k not in {"plan", "sources"} and found.get(k) != v
+        f"{k} was {found.get(k)}, now {v}"
+        for k, v in ours.items()
+        if k not in {"plan", "sources"} and found.get(k) != v
     ]
     if found.get("sources") != ours["sources"]:
         differs.append("the source's headers changed")
@@ -152,9 +154,7 @@ def _read(path: Path, plan: Plan, prints: Mapping[str, Fingerprint]) -> Finished
         return Finished()
     before = first.get("sources", {})
     changed = {i for i, s in enumerate(plan.sources) if before.get(s.name) != list(prints[s.name])}
-    stale = {
-        n for n, s in enumerate(plan.steps) if changed and any(r.file in changed for o in s.operands for r in o)
-    }
+    stale = {n for n, s in enumerate(plan.steps) if changed and any(r.file in changed for o in s.operands for r in o)}
     stale_files = {o.file for n in stale for o in plan.steps[n].outputs}
     out = Finished()
     for line in lines:

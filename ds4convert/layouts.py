@@ -111,9 +111,7 @@ def layouts() -> Mapping[str, Layout]:
             t = tomllib.loads(entry.read_text("utf-8"))
             hosts = tuple(Host(**h) for h in t["hosts"])
             heads = tuple(_place(p) for p in t["heads"])
-            layout = Layout(
-                t["name"], t["description"], hosts, t["promises_head"], t.get("model_file", ""), heads
-            )
+            layout = Layout(t["name"], t["description"], hosts, t["promises_head"], t.get("model_file", ""), heads)
             out.append(layout)
     return {y.name: y for y in sorted(out, key=lambda y: y.name)}
 
@@ -124,4 +122,3 @@ def layout_of(name: str) -> Layout:
     if name not in known:
         raise UsageError(f"no layout is called {name!r}; known: {', '.join(known)}")
     return known[name]
-

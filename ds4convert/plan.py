@@ -28,7 +28,18 @@ from ds4convert.inventory import (
 from ds4convert.layouts import HeadPlace, Layout, backbone_name
 from ds4convert.recipes import Recipe
 from ds4convert.shards import Draft, file_names, place, split
-from ds4convert.types import JSON, ByteRange, Finding, LeftOut, Output, OutputFile, Plan, SourceFile, Step, TensorInfo
+from ds4convert.types import (
+    JSON,
+    ByteRange,
+    Finding,
+    LeftOut,
+    Output,
+    OutputFile,
+    Plan,
+    SourceFile,
+    Step,
+    TensorInfo,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -205,9 +216,7 @@ def _format_label(item: _Item) -> str:
     return mode or item.draft.dtype.lower()
 
 
-def _operand(
-    module: Module, kind: str, named: Named
-) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:
+def _operand(module: Module, kind: str, named: Named) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:
     """Return (byte ranges, official names, shape of one slice) of a module's weights or scales."""
     is_weight = kind == "weight"
     shape = module.weight_spec()[0] if is_weight else module.scale_shape()
@@ -241,9 +250,7 @@ def merge(ranges: Sequence[ByteRange]) -> tuple[ByteRange, ...]:
     return tuple(out)
 
 
-def _left_out(
-    inventory: Inventory, named: Named, steps: Sequence[Step], keep_mtp: bool
-) -> tuple[LeftOut, ...]:
+def _left_out(inventory: Inventory, named: Named, steps: Sequence[Step], keep_mtp: bool) -> tuple[LeftOut, ...]:
     """Return every source tensor that no step reads, with its reason; one without a reason is a bug and stops."""
     used = {name for step in steps for names in step.sources for name in names}
     out = []

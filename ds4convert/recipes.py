@@ -73,7 +73,11 @@ def _parse(raw: str, where: str) -> Recipe:
             f"{where}: a recipe has name, description and a table [formats] with {', '.join(PARTS)}; check: {what}"
         )
     backbone = formats.get("backbone", "native")
-    chosen = {"backbone": backbone, "experts": formats.get("experts", backbone), "mtp": formats.get("mtp", "native")}
+    chosen = {
+        "backbone": backbone,
+        "experts": formats.get("experts", backbone),
+        "mtp": formats.get("mtp", "native"),
+    }
     for part, name in chosen.items():
         if name not in FORMATS:
             raise InputError(f"{where}: {part} = {name!r}; this version writes: {', '.join(FORMATS)}")

@@ -35,8 +35,8 @@ class Encoding:
     table: Mapping[str, int | str] | None
 
 
-MXFP4 = {"group_size": MX_GROUP, "bits": 4, "mode": "mxfp4"}
-MXFP8 = {"group_size": MX_GROUP, "bits": 8, "mode": "mxfp8"}
+MXFP4: Mapping[str, int | str] = {"group_size": MX_GROUP, "bits": 4, "mode": "mxfp4"}
+MXFP8: Mapping[str, int | str] = {"group_size": MX_GROUP, "bits": 8, "mode": "mxfp8"}
 
 
 def _stacked(module: Module, *shape: int) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ds4convert.errors import ValueFault
 from ds4convert.formats import blocks, scalars
@@ -79,9 +80,7 @@ class Operand:
         if first is not None:  # one tensor [E, rows of all parts, in] holds the slices of all experts
             index = [expert, first + index[0], *index[1:]]
         name, place = names[0 if first is not None else expert], ", ".join(map(str, index))
-        raise ValueFault(
-            f"{name}: element [{place}] is {what}; the checkpoint is damaged, download the file again"
-        )
+        raise ValueFault(f"{name}: element [{place}] is {what}; the checkpoint is damaged, download the file again")
 
 
 def copy(step: Step, read: Read) -> Iterator[Piece]:
@@ -128,12 +127,10 @@ def tile_e8m0(step: Step, read: Read) -> Iterator[Piece]:
     operand = Operand(step, 0, read)
     for expert in range(operand.size // each_in):
         data = operand.get(expert * each_in, each_in)
-        check_codes(
-            operand, data, expert * each_in, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales"
-        )
+        check_codes(operand, data, expert * each_in, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
         grid = np.frombuffer(data, np.uint8).reshape(grid_rows, grid_cols)
         scales = np.ascontiguousarray(blocks.mx_scales(grid, p["rows"], p["cols"], tile))
-        yield Piece(0, expert * each_out, data=memoryview(scales).cast("B"))
+        yield Piece(0, expert * each_out, data=_bytes(scales))
 
 
 def narrow_i64(step: Step, read: Read) -> Iterator[Piece]:
@@ -144,7 +141,7 @@ def narrow_i64(step: Step, read: Read) -> Iterator[Piece]:
         bad = np.flatnonzero((values < 0) | (values >= limit))
         if bad.size:
             operand.fault(at // 8 + int(bad[0]), f"{int(values[bad[0]])}, expected 0 to {limit - 1}")
-        yield Piece(0, at // 2, data=memoryview(values.astype("<i4")).cast("B"))
+        yield Piece(0, at // 2, data=_bytes(values.astype("<i4")))
 
 
 def fp4_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
@@ -180,6 +177,11 @@ def fp8_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
             yield _bf16_piece(blocks.decode_fp8(codes, grid, first, tile), at)
 
 
+def _bytes(values: NDArray[Any]) -> memoryview:
+    """Return the bytes of a contiguous array, not copied."""
+    return values.reshape(-1).view(np.uint8).data
+
+
 def _row_chunks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield (first row, number of rows) in chunks whose float32 values take about one piece."""
     step = max(1, CHUNK_BYTES // max(row_bytes, 1))
@@ -189,7 +191,7 @@ def _row_chunks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def _bf16_piece(values: scalars.F32, element: int) -> Piece:
     bits = scalars.bf16_bits(values)
-    return Piece(0, element * DTYPE_BYTES["BF16"], data=memoryview(bits.reshape(-1)).cast("B"))
+    return Piece(0, element * DTYPE_BYTES["BF16"], data=_bytes(bits))
 
 
 TRANSFORMS: Mapping[str, Callable[[Step, Read], Iterator[Piece]]] = {

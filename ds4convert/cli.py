@@ -1,0 +1,381 @@
+"""The commands of the contract: parse, call, report, exit code. Heavy imports live inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ds4convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from ds4convert.convert import Source
+    from ds4convert.plan import Options
+    from ds4convert.types import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+LAYOUTS = ("inline", "universal", "mtplx", "vlm", "mlx-lm")
+
+
+@dataclass
+class Session:
+    """What every command shares: how much to say, and where."""
+
+    verbose: int = 0
+    quiet: bool = False
+    as_json: bool = False
+
+    def emit(self, facts: Any, text: str) -> None:
+        """Print the result: one JSON document, or text for people."""
+        click.echo(json.dumps(facts, ensure_ascii=False) if self.as_json else text)
+
+    def note(self, text: str) -> None:
+        """Say something on the way, on standard error."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        """Yield a callback for numbers of bytes; shows a bar on a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda n: None
+            return
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, smoothing=0.05, leave=False)
+        with bar:
+            yield lambda n: bar.update(n) and None
+
+
+def common(reports: bool = True) -> Callable[[F], F]:
+    """Add -q, -v and (for commands that report) --json, and hand the command its `Session`."""
+
+    def wrap(f: F) -> F:
+        def set_up(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+            session = ctx.ensure_object(Session)
+            if value:
+                setattr(session, {"json": "as_json"}.get(param.name or "", param.name or ""), value)
+
+        options = [
+            click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_up, help="Say less."),
+            click.option(
+                "-v",
+                "--verbose",
+                count=True,
+                expose_value=False,
+                callback=set_up,
+                help="Say more; -vv shows tracebacks.",
+            ),
+        ]
+        if reports:
+            options.append(
+                click.option(
+                    "--json",
+                    is_flag=True,
+                    expose_value=False,
+                    callback=set_up,
+                    help="One JSON document on standard output.",
+                )
+            )
+        for option in options:
+            f = option(f)
+        return click.pass_obj(f)  # type: ignore[return-value]
+
+    return wrap
+
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Bytes with a unit: 5GB (decimal), 5GiB (binary), or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        digits = value.rstrip("abgikmtABGIKMT ")
+        unit = value[len(digits) :].strip().lower()
+        try:
+            return int(float(digits) * UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size such as 5GB or 4.5GiB", param, ctx)
+
+
+def conversion_options(f: F) -> F:
+    """Add the options that `plan` and `quantize` share."""
+    options = [
+        click.option("--recipe", default="native", show_default=True, metavar="NAME|FILE.toml", help="Formats of all parts."),
+        click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
+        click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
+        click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
+        click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
+        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True, help="The host to write for."),
+        click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
+        click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
+        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digests of all files and tensors."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def _options(
+    recipe: str, backbone: str | None, experts: str | None, mtp: str | None, keep_mtp: bool, layout: str,
+    max_shard_size: int, hashing: bool, **_: Any,
+) -> Options:  # fmt: skip
+    from ds4convert.layouts import layout_of
+    from ds4convert.plan import Options, check_limit
+    from ds4convert.recipes import recipe_of
+
+    if mtp and not keep_mtp:
+        raise UsageError("--mtp FORMAT and --drop-mtp contradict each other")
+    chosen = recipe_of(recipe).overridden(backbone, experts, mtp)
+    return Options(chosen, layout_of(layout), keep_mtp, check_limit(max_shard_size), hashing)
+
+
+def _config_bytes(name: str) -> bytes:
+    """Return the config of --config: a name that ships with the package, or a file."""
+    from ds4convert.config import named_config
+    from ds4convert.folder import read_small
+
+    found = named_config(name)
+    path = Path(name)
+    return found if found is not None else read_small(path.parent, path.name)
+
+
+def _local(src: str) -> Path:
+    if src.startswith("hf://"):
+        raise UsageError(f"{src}: reading from the Hub is not in this version; download the repo and name its folder")
+    return Path(src)
+
+
+class Commands(click.Group):
+    """Lists commands in the order in which they are used, not by name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in definition order."""
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ds4convert", message="%(version)s")
+def cli() -> None:
+    """Convert DeepSeek-V4 checkpoints to MLX with the multi-token-prediction head kept, and prove the result.
+
+    \b
+    Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx
+             ds4convert verify DeepSeek-V4-Flash-mlx --source DeepSeek-V4-Flash
+    """
+
+
+@cli.command()
+@click.argument("src", required=False)
+@click.option("--config", metavar="FILE|flash|pro|tiny", help="Say what such a model holds, from its config alone.")
+@click.option("--tensors", metavar="GLOB", help="List the tensors whose names match.")
+@common()
+def inspect(session: Session, src: str | None, config: str | None, tensors: str | None) -> None:
+    """Show what a checkpoint is and holds, from its headers alone.
+
+    \b
+    Example: ds4convert inspect DeepSeek-V4-Flash
+             ds4convert inspect --config flash --tensors 'mtp.0.*proj*'
+    """
+    from ds4convert import inspection, report
+
+    if (src is None) == (config is None):
+        raise click.UsageError("name either SRC or --config")
+    found = (
+        inspection.inspect_config(_config_bytes(config), config) if config else inspection.inspect(_local(src or ""))
+    )
+    if tensors is None:
+        session.emit(found.as_json(), report.inspection(found))
+    else:
+        rows = found.matching(tensors)
+        session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))
+
+
+def _planned(src: str | None, config: str | None, options: Options) -> tuple[Source | None, Plan]:
+    from ds4convert import convert, summary
+    from ds4convert import plan as plans
+    from ds4convert.config import parse_config
+    from ds4convert.inventory import expected
+
+    if config is None:
+        source = convert.open_source(_local(src or ""))
+        return source, convert.make_plan(source, options)
+    inventory = expected(parse_config(_config_bytes(config), config))
+    named, files = summary.imagined(inventory)
+    return None, plans.build(inventory, named, files, options, plans.SideFiles({}, ()))
+
+
+@cli.command()
+@click.argument("src", required=False)
+@click.option("--config", metavar="FILE|flash|pro|tiny", help="Plan for such a model, from its config alone.")
+@click.option("--out", type=PATH, default=Path(), help="Folder whose disk is checked. [default: here]")
+@click.option("--full", is_flag=True, help="With --json: every step and byte range of the plan as well.")
+@conversion_options
+@common()
+def plan(
+    session: Session, src: str | None, config: str | None, out: Path, full: bool, jobs: int, **choices: Any
+) -> None:
+    """Show what `quantize` with the same options would write. Writes nothing.
+
+    \b
+    Example: ds4convert plan DeepSeek-V4-Flash --layout universal
+             ds4convert plan --config pro
+    """
+    from ds4convert import report, summary
+
+    if (src is None) == (config is None):
+        raise click.UsageError("name either SRC or --config")
+    _, made = _planned(src, config, _options(**choices))
+    facts = summary.summarise(made, out, jobs)
+    session.emit(facts | ({"steps": summary.full(made)} if full else {}), report.plan(facts))
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("out", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace a conversion that OUT holds; other files in OUT stay.")
+@conversion_options
+@common()
+def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, **choices: Any) -> None:
+    """Convert the checkpoint SRC into the MLX folder OUT. Run it again after an interruption: it goes on.
+
+    \b
+    Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --keep-mtp
+    """
+    import time
+
+    from ds4convert import convert, report, summary
+
+    start = time.monotonic()
+    source, made = _planned(src, None, _options(**choices))
+    assert source is not None
+    facts = summary.summarise(made, out, jobs)
+    with session.progress(facts["output_bytes"], "converting") as progress:
+        outcome = convert.run(source, made, out, jobs, overwrite, progress)
+    seconds = time.monotonic() - start
+    facts |= {"seconds": round(seconds, 3), "bytes_per_second": round(facts["output_bytes"] / seconds)}
+    facts |= {
+        "resumed": outcome.resumed,
+        "already_done": outcome.already_done,
+        "manifest": str(outcome.manifest),
+    }
+    session.emit(facts, report.conversion(facts, str(out)))
+
+
+@cli.command()
+@click.argument("mlx_dir", type=PATH)
+@click.option("--source", metavar="SRC", help="Compare every tensor with this source checkpoint.")
+@click.option(
+    "--level",
+    type=click.Choice(["structure", "source"]),
+    help="How far to look. [default: source with --source, else structure]",
+)
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
+@common()
+def verify(session: Session, mlx_dir: Path, source: str | None, level: str | None, jobs: int) -> int:
+    """Check a converted folder: finished, complete, unaltered, and equal to its source. Exit code 1 if not.
+
+    \b
+    Example: ds4convert verify DeepSeek-V4-Flash-mlx --source DeepSeek-V4-Flash
+    """
+    from ds4convert import report
+    from ds4convert import verify as verifying
+
+    if level == "source" and source is None:
+        raise click.UsageError("--level source needs --source SRC")
+    if level == "structure" and source is not None:
+        raise click.UsageError("--level structure does not look at a source; leave out --source")
+    with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
+        checks = verifying.structure(mlx_dir, jobs, progress)
+        if source is not None:
+            checks += verifying.against_source(mlx_dir, _local(source), jobs, progress)
+    session.emit(verifying.as_json(checks), report.checks(checks))
+    return 0 if all(c.ok for c in checks) else 1
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
+@common()
+def diff(session: Session, a: str, b: str, jobs: int) -> int:
+    """Compare two checkpoints tensor by tensor, whatever their format and spelling. Exit code 1 if they differ.
+
+    \b
+    Example: ds4convert diff DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx
+    """
+    from ds4convert import compare, report
+    from ds4convert.inspection import view_of
+
+    first, second = view_of(_local(a)), view_of(_local(b))
+    with session.progress(sum(t.size for t in first.tensors.values()), "comparing") as progress:
+        facts = compare.summarise(compare.compare_views(first, second, jobs, progress))
+    session.emit(facts, report.differences(facts))
+    return 1 if facts["changed"] or facts["only_a"] or facts["only_b"] else 0
+
+
+@cli.command()
+@click.argument("out", type=PATH)
+@click.option("--config", default="tiny", show_default=True, metavar="FILE|flash|pro|tiny", help="The model's shape.")
+@click.option("--layers", type=click.IntRange(1, 4096), help="Backbone layers. [default: as in the config]")
+@click.option("--experts", type=click.IntRange(1, 65536), help="Routed experts. [default: as in the config]")
+@click.option(
+    "--head",
+    type=click.Choice(["classic", "dspark", "none"]),
+    help="Kind of head. [default: as in the config]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds give equal bytes.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
+@common()
+def synth(
+    session: Session,
+    out: Path,
+    config: str,
+    layers: int | None,
+    experts: int | None,
+    head: str | None,
+    seed: int,
+    jobs: int,
+) -> None:
+    """Write a checkpoint of random values in the official format, of any size, to test and measure with.
+
+    \b
+    Example: ds4convert synth /tmp/two-layers --config flash --layers 2
+    """
+    from ds4convert import synth as synthesis
+    from ds4convert.report import size
+
+    raw = synthesis.shrink(synthesis.parse(_config_bytes(config), config), layers, experts, head)
+    with session.progress(synthesis.total_bytes(raw), "writing") as progress:
+        written = synthesis.write(raw, out, seed, jobs, progress)
+    session.emit({"path": str(out), "bytes": written}, f"{size(written)} in {out}")
+
+
+@cli.command()
+@click.argument("folder", type=PATH, default=Path("ds4convert-demo"), metavar="[DIR]")
+@common()
+def demo(session: Session, folder: Path) -> int:
+    """Run the whole chain on a tiny checkpoint: synth, inspect, quantize, verify, diff.
+
+    \b
+    Example: ds4convert demo
+    """
+    from ds4convert.demo import run
+
+    facts = run(folder, (lambda text: None) if session.as_json or session.quiet else click.echo)
+    session.emit(facts, f"\nAll of it is in {folder}." if facts["ok"] else "\nThe demo failed.")
+    return 0 if facts["ok"] else 1

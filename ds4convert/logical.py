@@ -1,0 +1,435 @@
+"""Checkpoints as logical tensors: the same weight under one key, however a folder spells, stacks and packs it.
+
+Owns the reading back of source and converted folders for `verify`, `diff` and `inspect`. Keys are MLX paths, with
+the head under `mtp.N.`. Values are decoded with the tables of `formats`, not with the transforms that wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ds4convert.config import ModelConfig, parse_config
+from ds4convert.errors import HeaderError, InputError
+from ds4convert.folder import CONFIG_NAME, Checkpoint, need_config, open_file, read_checkpoint, resolve_inside
+from ds4convert.formats import blocks, scalars
+from ds4convert.headers import DTYPE_BYTES
+from ds4convert.inventory import (
+    BACKBONE,
+    HEAD,
+    Inventory,
+    Module,
+    Named,
+    Storage,
+    expand,
+    fused_name,
+)
+from ds4convert.layouts import HeadPlace, backbone_name, layouts
+from ds4convert.types import JSON, ByteRange, Finding, TensorInfo
+
+ROWS_BYTES = 8 << 20
+U8 = scalars.U8
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """One logical tensor: `matrices` slices (experts) of `[rows, cols]`, each found at one byte range.
+
+    `store` is how values lie in those bytes: fp4 (also mxfp4), fp8 (tiles), mxfp8, or a plain dtype in lower case.
+    """
+
+    key: str
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    rows: int
+    cols: int
+    store: str
+    weight_at: tuple[ByteRange, ...]
+    scale_at: tuple[ByteRange, ...]
+    tile: tuple[int, int]
+    part: str
+    role: str
+    layer: int | None
+    size: int
+
+    @property
+    def matrices(self) -> int:
+        """Return the number of slices."""
+        return len(self.weight_at)
+
+    @property
+    def label(self) -> str:
+        """Return the format as people call it."""
+        return {"fp4": "fp4", "fp8": "fp8"}.get(self.store, self.store)
+
+    def row_bytes(self) -> int:
+        """Return the bytes of one row of codes."""
+        return self.weight_at[0].size // self.rows
+
+
+class Reader:
+    """Open files of one checkpoint (and its drafter folder), read by range."""
+
+    def __init__(self, paths: list[tuple[Path, str]]) -> None:
+        self.fds = [open_file(resolve_inside(folder, name), name) for folder, name in paths]
+        self._names = [name for _, name in paths]
+
+    def get(self, r: ByteRange, start: int, size: int) -> bytes:
+        """Return `size` bytes from `start` within the range `r`."""
+        data = os.pread(self.fds[r.file], size, r.offset + start)
+        if len(data) != size:
+            raise HeaderError(f"{self._names[r.file]}: ends before byte {r.offset + start + size}")
+        return data
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+@dataclass(frozen=True)
+class View:
+    """All logical tensors of a folder by key, with what opens their bytes."""
+
+    kind: str
+    tensors: Mapping[str, Logical]
+    paths: tuple[tuple[Path, str], ...]
+    unknown: tuple[TensorInfo, ...] = ()
+
+    def reader(self) -> Reader:
+        """Return an open reader; the caller closes it."""
+        return Reader(list(self.paths))
+
+
+def codes(view: Logical, reader: Reader, matrix: int, first: int, rows: int) -> U8:
+    """Return the stored codes of some rows of one slice, uint8 `[rows, row_bytes]`."""
+    width = view.row_bytes()
+    raw = reader.get(view.weight_at[matrix], first * width, rows * width)
+    return np.frombuffer(raw, np.uint8).reshape(rows, width)
+
+
+def scales(view: Logical, reader: Reader, matrix: int) -> U8:
+    """Return all block scales of one slice, uint8 `[scale rows, scale columns]`."""
+    r = view.scale_at[matrix]
+    raw = np.frombuffer(reader.get(r, 0, r.size), np.uint8)
+    width = -(-view.cols // view.tile[1]) if view.store == "fp8" else view.cols // blocks.MX_GROUP
+    return raw.reshape(-1, width)
+
+
+def decode(view: Logical, packed: U8, grid: U8 | None, first: int) -> np.ndarray:
+    """Return the values of some rows (beginning at `first`) from codes and all scales of their slice.
+
+    float32, but integers as they are, and F64 as float64.
+    """
+    rows = packed.shape[0]
+    if view.store == "fp4":
+        assert grid is not None
+        return blocks.decode_fp4(packed, grid[first : first + rows])
+    if view.store == "mxfp8":
+        assert grid is not None
+        return blocks.decode_mxfp8(packed, grid[first : first + rows])
+    if view.store == "fp8":
+        assert grid is not None
+        return blocks.decode_fp8(packed, grid, first, view.tile)
+    if view.store == "bf16":
+        return scalars.bf16_values(packed.view("<u2"))
+    dtype = {"f32": "<f4", "f16": "<f2", "i64": "<i8", "i32": "<i4", "u32": "<u4", "f64": "<f8"}.get(view.store)
+    return packed.view(dtype) if dtype else packed
+
+
+def row_chunks(view: Logical) -> Iterator[tuple[int, int, int]]:
+    """Yield (slice, first row, rows) in pieces whose float32 values take about 8 MB."""
+    step = max(1, ROWS_BYTES // max(view.cols * 4, 1))
+    for matrix in range(view.matrices):
+        for first in range(0, view.rows, step):
+            yield matrix, first, min(step, view.rows - first)
+
+
+def key_of(module: Module) -> str:
+    """Return the key of a module: its MLX path, the head's as if it lay in the folder."""
+    return backbone_name(module) if module.part == BACKBONE else f"mtp.{module.block}.{module.mlx}"
+
+
+def _geometry(module: Module) -> tuple[tuple[int, ...], int, int]:
+    shape = (module.experts, *module.shape) if module.experts else module.shape
+    cols = module.shape[-1]
+    return shape, math.prod(module.shape) // cols, cols
+
+
+def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> View:
+    """Return the logical tensors of a source checkpoint; modules with missing tensors are not in it."""
+    out: dict[str, Logical] = {}
+    for module in inventory.modules:
+        found = _source_ranges(module, named)
+        if found is None:
+            continue
+        weight, scale, info = found
+        shape, rows, cols = _geometry(module)
+        store = module.store if module.has_scale else info.dtype.lower()
+        size = sum(r.size for r in (*weight, *scale))
+        out[key_of(module)] = Logical(
+            key_of(module), info.name, checkpoint.file_names[info.file], shape, rows, cols, store,
+            weight, scale, module.tile, module.part, module.role, module.block, size,
+        )  # fmt: skip
+    paths = tuple((checkpoint.path, n) for n in checkpoint.file_names)
+    return View("source", out, paths)
+
+
+def _source_ranges(
+    module: Module, named: Named
+) -> tuple[tuple[ByteRange, ...], tuple[ByteRange, ...], TensorInfo] | None:
+    if module.fused is not None:
+        return _fused_ranges(module, named)
+    experts = range(module.experts or 1)
+    weights = [named.tensors.get(module.weight_name(e)) for e in experts]
+    found_scales = [named.tensors.get(module.scale_name(e)) for e in experts] if module.has_scale else []
+    whole = [t for t in [*weights, *found_scales] if t is not None]
+    if len(whole) < len(weights) + len(found_scales):
+        return None
+    ranges = [ByteRange(t.file, t.start, t.size) for t in whole]
+    return tuple(ranges[: len(weights)]), tuple(ranges[len(weights) :]), whole[0]
+
+
+def _fused_ranges(
+    module: Module, named: Named
+) -> tuple[tuple[ByteRange, ...], tuple[ByteRange, ...], TensorInfo] | None:
+    assert module.fused is not None
+    parts = len(module.fused.parts)
+    at = module.fused.parts.index(module.name.rpartition(".")[2])
+    out = []
+    for suffix in ("", module.fused_scale) if module.has_scale else ("",):
+        info = named.tensors.get(fused_name(module) + suffix)
+        if info is None:
+            return None
+        each = info.size // (module.experts * parts)
+        starts = [info.start + (e * parts + at) * each for e in range(module.experts)]
+        out.append((tuple(ByteRange(info.file, s, each) for s in starts), info))
+    return out[0][0], out[1][0] if len(out) > 1 else (), out[0][1]
+
+
+# --- converted folders ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MlxFolder:
+    """A converted folder: its config, its tensors (those of a drafter folder too), and the head found in it."""
+
+    path: Path
+    config: ModelConfig
+    table: JSON
+    checkpoint: Checkpoint
+    drafter: Checkpoint | None
+    head_kind: str
+    place: HeadPlace | None
+    view: View
+    findings: tuple[Finding, ...]
+
+
+def is_mlx(checkpoint: Checkpoint) -> bool:
+    """Return whether a folder is in MLX's spelling: stacked experts, or the module names that only it has."""
+    signs = ("model.layers.0.ffn.switch_mlp.", "model.layers.0.attn_hc.", "model.hc_head.")
+    names = {t.name for t in checkpoint.tensors()}
+    return "lm_head.weight" in names and any(n.startswith(signs) and "hc_head.hc" not in n for n in names)
+
+
+def read_mlx(path: Path) -> MlxFolder:
+    """Return the converted folder at `path`, every tensor matched with what its config implies.
+
+    Differences are in `findings`. Raises `InputError` where headers, index or config cannot be read.
+    """
+    checkpoint = read_checkpoint(path)
+    config = parse_config(need_config(checkpoint), CONFIG_NAME, is_mlx=True)
+    drafter = read_checkpoint(path / "mtp") if (path / "mtp" / CONFIG_NAME).is_file() else None
+    table = config.raw.get("quantization") or {}
+    if not isinstance(table, dict):
+        raise InputError(f"{CONFIG_NAME}: quantization is not a table")
+    return _match(path, config, table, checkpoint, drafter)
+
+
+def _match(
+    path: Path, config: ModelConfig, table: JSON, checkpoint: Checkpoint, drafter: Checkpoint | None
+) -> MlxFolder:
+    own = {t.name: t for t in checkpoint.tensors()}
+    below = {t.name: t for t in drafter.tensors()} if drafter else {}
+    shift = len(checkpoint.files)
+    kind, stages, place = _find_head(config, own, below)
+    inventory = expand(config, kind, stages, _DENSE)
+    tables = {"": table, "mtp": _drafter_table(drafter)}
+    names = [*checkpoint.file_names, *(f"mtp/{n}" for n in (drafter.file_names if drafter else ()))]
+    out: dict[str, Logical] = {}
+    findings: list[Finding] = []
+    taken: set[tuple[str, str]] = set()
+    for module in inventory.modules:
+        folder = place.folder if module.part == HEAD and place else ""
+        prefix = backbone_name(module) if module.part == BACKBONE or place is None else place.name(module)
+        paths = [prefix] if module.part == BACKBONE or place is None else place.table_names(module)
+        pool = below if folder else own
+        listed = next((tables[folder][p] for p in paths if isinstance(tables[folder].get(p), dict)), None)
+        found = _mlx_logical(module, prefix, pool, listed, shift if folder else 0, names, findings)
+        taken |= {(folder, n) for n in (prefix, f"{prefix}.weight", f"{prefix}.scales", f"{prefix}.biases")}
+        if found:
+            out[found.key] = found
+    again = _other_places(inventory, place)
+    for folder, pool in (("", own), ("mtp", below)):
+        for name, info in pool.items():
+            if (folder, name) not in taken and (folder, name) not in again:
+                file = names[info.file + (shift if folder else 0)]
+                what = f"{info.dtype} {list(info.shape)}"
+                findings.append(Finding("extra", name, "nothing of this name", what, file))
+    paths_all = tuple((path, n) for n in names)
+    view = View("mlx", out, paths_all)
+    return MlxFolder(path, config, table, checkpoint, drafter, kind, place, view, tuple(findings))
+
+
+_DENSE = {BACKBONE: Storage("bf16", "bf16"), HEAD: Storage("bf16", "bf16")}
+
+
+def _drafter_table(drafter: Checkpoint | None) -> JSON:
+    if drafter is None or drafter.config is None:
+        return {}
+    table = json.loads(drafter.config)
+    found = table.get("quantization") if isinstance(table, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _places() -> list[HeadPlace]:
+    seen: dict[tuple[str, str, str, tuple[str, ...]], HeadPlace] = {}
+    for layout in layouts().values():
+        for p in layout.heads:
+            seen.setdefault((p.folder, p.prefix, "".join(p.rename), p.kinds), p)
+    return list(seen.values())
+
+
+def _find_head(
+    config: ModelConfig, own: Mapping[str, TensorInfo], below: Mapping[str, TensorInfo]
+) -> tuple[str, int, HeadPlace | None]:
+    """Return (kind, stages, place) of the head whose own tensors and spelling are present; the folder comes first."""
+    best: tuple[int, str, int, HeadPlace] | None = None
+    for place in _places():
+        pool = below if place.folder else own
+        for kind in place.kinds:
+            head = config.family.heads.get(kind)
+            if head is None or not all(place.own_prefix.replace("{stage}", "0") + s in pool for s in head.signature):
+                continue
+            stages = 1
+            while "{stage}" in place.prefix and any(
+                n.startswith(place.prefix.replace("{stage}", str(stages))) for n in pool
+            ):
+                stages += 1
+            norm = place.prefix.replace("{stage}", "0") + place.rename.get("attn_hc.fn", "attn_hc.fn")
+            score = 2 * (norm in pool) + (not place.folder)
+            if best is None or score > best[0]:
+                best = (score, kind, stages, place)
+    return ("none", 0, None) if best is None else best[1:]
+
+
+def _other_places(inventory: Inventory, chosen: HeadPlace | None) -> set[tuple[str, str]]:
+    """Return the names of the head in its other places (layout `universal` stores it twice)."""
+    out: set[tuple[str, str]] = set()
+    for place in _places():
+        if chosen is None or place.folder == chosen.folder or inventory.head_kind not in place.kinds:
+            continue
+        for module in inventory.modules:
+            if module.part == HEAD:
+                prefix = place.name(module)
+                out |= {(place.folder, n) for n in (prefix, f"{prefix}.weight", f"{prefix}.scales", f"{prefix}.biases")}
+    return out
+
+
+def second_head(folder: MlxFolder) -> View | None:
+    """Return the head's second copy in the drafter folder as a view, where the head also lies in the folder itself."""
+    if folder.drafter is None or folder.place is None or folder.place.folder:
+        return None
+    place = next((p for p in _places() if p.folder == "mtp" and folder.head_kind in p.kinds), None)
+    if place is None:
+        return None
+    only = replace(folder.checkpoint, files=(), headers=())
+    again = _match(folder.path, folder.config, {}, only, folder.drafter)
+    kept = {k: t for k, t in again.view.tensors.items() if t.part == HEAD}
+    return View("mlx", kept, again.view.paths) if again.place == place else None
+
+
+_BITS = {"mxfp4": 4, "mxfp8": 8}
+
+
+def _mlx_logical(
+    module: Module,
+    prefix: str,
+    pool: Mapping[str, TensorInfo],
+    listed: JSON | None,
+    shift: int,
+    names: list[str],
+    findings: list[Finding],
+) -> Logical | None:
+    """Return the logical tensor of a module in a converted folder, or None with the reason in `findings`."""
+    shape, rows, cols = _geometry(module)
+    name = f"{prefix}.weight" if module.is_module else prefix
+    info = pool.get(name)
+    mode = str(listed.get("mode", "affine")) if listed else ""
+    if info is None:
+        findings.append(Finding("missing", name, f"{list(shape)}", "nothing"))
+        return None
+    scale = pool.get(f"{prefix}.scales") if module.is_module else None
+    if scale is not None and not mode:
+        findings.append(Finding("missing", f"{prefix} in the quantization table", "an entry", "nothing"))
+        mode = {2 * cols: "mxfp8"}.get(info.shape[-1] * 8, "mxfp4" if info.shape[-1] * 8 == cols else "mxfp8")
+    wanted = [(info, *_wanted_weight(module, shape, mode if scale else ""))]
+    if scale is not None:
+        wanted.append((scale, (*shape[:-1], cols // blocks.MX_GROUP), ("U8",)))
+    elif mode:
+        findings.append(Finding("missing", f"{prefix}.scales", "scales, as the quantization table says", "nothing"))
+    if scale is not None and mode not in _BITS:
+        raise InputError(f"{prefix}: format {mode} is not one that this version reads")
+    for t, want, dtypes in wanted:
+        file = names[t.file + shift]
+        if t.dtype not in dtypes:
+            findings.append(Finding("dtype", t.name, " or ".join(dtypes), t.dtype, file))
+            return None
+        if t.shape != want:
+            findings.append(Finding("shape", t.name, str(list(want)), str(list(t.shape)), file))
+            return None
+    count = module.experts or 1
+    cut = _slicer(count, shift)
+    store = {"mxfp4": "fp4", "mxfp8": "mxfp8"}[mode] if scale is not None else info.dtype.lower()
+    return Logical(
+        key_of(module), info.name, names[info.file + shift], shape, rows, cols, store, cut(info),
+        cut(scale) if scale else (), module.tile, module.part, module.role, module.block,
+        info.size + (scale.size if scale else 0),
+    )  # fmt: skip
+
+
+def _slicer(count: int, shift: int) -> Callable[[TensorInfo], tuple[ByteRange, ...]]:
+    def cut(info: TensorInfo) -> tuple[ByteRange, ...]:
+        each = info.size // count
+        return tuple(ByteRange(info.file + shift, info.start + e * each, each) for e in range(count))
+
+    return cut
+
+
+def _wanted_weight(module: Module, shape: tuple[int, ...], mode: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    if mode:
+        return (*shape[:-1], shape[-1] * _BITS.get(mode, 8) // 32), ("U32",)
+    if module.write:
+        return shape, (module.write,)
+    return shape, tuple(module.store.split(" or "))
+
+
+def plain_view(checkpoint: Checkpoint) -> View:
+    """Return every tensor of files that no family explains, each under its own name."""
+    out = {}
+    for t in checkpoint.tensors():
+        cols = t.shape[-1] if t.shape else 1
+        rows = max(math.prod(t.shape) // cols, 1) if cols else 1
+        if t.size:
+            out[t.name] = Logical(
+                t.name, t.name, checkpoint.file_names[t.file], t.shape, rows, t.size // rows // DTYPE_BYTES[t.dtype],
+                t.dtype.lower(), (ByteRange(t.file, t.start, t.size),), (), (1, 1), "", "", None, t.size,
+            )  # fmt: skip
+    return View("plain", out, tuple((checkpoint.path, n) for n in checkpoint.file_names))

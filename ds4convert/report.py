@@ -1,0 +1,157 @@
+"""Every text for people: tables and sentences from the same facts that `--json` prints. Computes nothing new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ds4convert.inspection import Inspection
+from ds4convert.types import JSON
+from ds4convert.verify import Check
+
+UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def size(n: float) -> str:
+    """Return bytes for people, decimal units: 159.6 GB."""
+    for unit in UNITS[:-1]:
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} {UNITS[-1]}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: 45 s, 6 min, 1 h 10 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return an aligned table; columns of numbers and sizes to the right."""
+    text = [[str(c) for c in row] for row in rows]
+    widths = [max(len(r[i]) for r in [list(head), *text]) for i in range(len(head))]
+    right = [all(r[i][:1].isdigit() for r in text) if text else False for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, text)])
+
+
+_KINDS = {
+    "official": "official format",
+    "mlx": "MLX folder",
+    "config": "from the config alone",
+    "plain": "tensors",
+}
+
+
+def inspection(found: Inspection) -> str:
+    """Return the text of `inspect`."""
+    facts = found.as_json()
+    head = facts["mtp"]
+    lines = [
+        f"{found.family or 'unknown family'}, {_KINDS[found.format]}: {len(found.rows):,} tensors, {size(found.size)}"
+    ]
+    if found.bits_per_weight:
+        lines[0] += f", {found.bits_per_weight:.3f} bits per weight"
+    lines.append(
+        f"MTP head: {head['kind']}"
+        + (f", {head['tensors']:,} tensors, {size(head['bytes'])}" if head["tensors"] else "")
+    )
+    if found.note:
+        lines.append(found.note)
+    rows = [(g["name"], f"{g['tensors']:,}", size(g["bytes"]), " ".join(g["dtypes"])) for g in facts["groups"]]
+    lines += ["", table(("group", "tensors", "bytes", "dtypes"), rows)]
+    if found.problems:
+        lines += ["", f"{len(found.problems)} problems:"] + [f"  {p}" for p in found.problems[:20]]
+        if len(found.problems) > 20:
+            lines.append(f"  and {len(found.problems) - 20} more (all with --json)")
+    elif found.format in {"official", "mlx"}:
+        lines += ["", "Complete: nothing missing, extra or misshapen."]
+    return "\n".join(lines)
+
+
+def tensors(rows: Sequence[JSON]) -> str:
+    """Return the text of `inspect --tensors`."""
+    cells = [
+        (r["name"], r["dtype"], "x".join(map(str, r["shape"])) or "scalar", size(r["bytes"]), r["file"]) for r in rows
+    ]
+    return table(("tensor", "dtype", "shape", "bytes", "file"), cells)
+
+
+def plan(facts: JSON) -> str:
+    """Return the text of `plan`."""
+    rows = [(g["name"], " ".join(g["formats"]), f"{g['tensors']:,}", size(g["bytes"])) for g in facts["groups"]]
+    fits = ", ".join(k for k, v in facts["fits_in_ram"].items() if v) or "none of the usual sizes"
+    short = "" if facts["free_bytes"] >= facts["output_bytes"] else "   NOT ENOUGH"
+    lines = [
+        f"{facts['family']}, head {facts['head']}; recipe {facts['recipe']}, layout {facts['layout']}",
+        "",
+        table(("group", "format", "tensors", "bytes"), rows),
+        "",
+        f"output     {size(facts['output_bytes'])}, {facts['output_tensors']:,} tensors in {facts['output_shards']} files, "
+        f"{facts['bits_per_weight']:.3f} bits per weight",
+        f"disk       {size(facts['free_bytes'])} free{short}",
+        f"memory     {size(facts['peak_memory_bytes'])} while converting",
+        f"time       about {duration(facts['seconds_estimate'])} at the speed of an ordinary disk (350 MB/s)",
+        f"weights fit in the memory of a Mac with: {fits} (three quarters of it are usable)",
+        f"plan       {facts['plan']}",
+    ]
+    for x in facts["left_out"][:10]:
+        lines.append(f"left out   {x['tensor']}: {x['why']}")
+    if len(facts["left_out"]) > 10:
+        lines.append(f"left out   and {len(facts['left_out']) - 10:,} more (all with --json)")
+    lines += [f"left out   {x['file']}: {x['why']}" for x in facts["files_left_out"]]
+    return "\n".join(lines)
+
+
+def conversion(facts: JSON, out: str) -> str:
+    """Return the closing text of `quantize`."""
+    if facts["already_done"]:
+        return f"{out} is already complete: same source, same options; nothing was done."
+    lines = [
+        f"{size(facts['output_bytes'])} in {duration(facts['seconds'])} ({size(facts['bytes_per_second'])}/s)"
+        + (", resumed" if facts["resumed"] else ""),
+        f"head: {facts['head']}; {facts['output_tensors']:,} tensors in {facts['output_shards']} files",
+    ]
+    if facts["left_out"]:
+        lines.append(f"{len(facts['left_out']):,} tensors left out, for reasons in the manifest")
+    return "\n".join([*lines, f"manifest: {facts['manifest']}"])
+
+
+def checks(found: Sequence[Check]) -> str:
+    """Return the text of `verify`."""
+    width = max(len(c.name) for c in found)
+    lines = [f"{'ok  ' if c.ok else 'FAIL'}  {c.name.ljust(width)}  {c.detail}" for c in found]
+    failed = [c.name for c in found if not c.ok]
+    verdict = f"Not good: {', '.join(failed)}." if failed else "All good."
+    return "\n".join([*lines, "", verdict])
+
+
+def differences(facts: JSON, shown: int = 40) -> str:
+    """Return the text of `diff`."""
+    unlike = [t for t in facts["tensors"] if t["status"] not in {"same", "moved", "same values, other format"}]
+    lines = [
+        f"{facts['same']:,} same ({facts['moved']:,} of them elsewhere, {facts['other_format']:,} in another format), "
+        f"{facts['changed']:,} changed, {facts['only_a']:,} only in the first, {facts['only_b']:,} only in the second"
+    ]
+    if unlike:
+        rows = [(t["tensor"], t["status"], _format(t, "a"), _format(t, "b"), _error(t)) for t in unlike[:shown]]
+        lines += ["", table(("tensor", "status", "first", "second", "difference"), rows)]
+    if len(unlike) > shown:
+        lines.append(f"and {len(unlike) - shown:,} more (all with --json)")
+    return "\n".join(lines)
+
+
+def _format(t: JSON, side: str) -> str:
+    return t[side]["format"] if side in t else "-"
+
+
+def _error(t: JSON) -> str:
+    if "max_abs_error" in t:
+        return f"max {t['max_abs_error']:.3g}, relative square {t['relative_square_error']:.3g}, first at {t['first']}"
+    return str(t.get("detail", ""))
