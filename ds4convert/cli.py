@@ -115,15 +115,15 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def conversion_options(f: F) -> F:
     """Add the options that `plan` and `quantize` share."""
     options = [
-        click.option("--recipe", default="native", show_default=True, metavar="NAME|FILE.toml", help="Formats of all parts."),
+        click.option("--recipe", default="native", show_default=True, metavar="NAME|FILE.toml", help="Formats."),
         click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
         click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
         click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
-        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True, help="The host to write for."),
+        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True, help="Target host."),
         click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
         click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
-        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digests of all files and tensors."),
+        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digests of all that is written."),
     ]  # fmt: skip
     for option in reversed(options):
         f = option(f)

@@ -191,7 +191,7 @@ class FileWriter:
                 waiting.pop(0).result()
 
     def _kept(self, n: int) -> bool:
-        """Return whether step `n` was finished by an earlier run; with hashing on, its bytes are read back and compared."""
+        """Return whether an earlier run finished step `n`; with hashing on, its bytes are read back and compared."""
         if n not in self.run.finished.steps:
             return False
         self._drain()

@@ -90,7 +90,7 @@ class Disk:
             view, offset = view[n:], offset + n
 
     def copy_range(self, source: int, start: int, target: int, offset: int, size: int) -> bool:
-        """Move `size` bytes between files inside the kernel. Return False where this disk cannot; nothing is moved then."""
+        """Move `size` bytes inside the kernel. Return False where this disk cannot; all has to be moved then."""
         while self._kernel_copy and size:
             try:
                 n = os.copy_file_range(source, target, size, start, offset)

@@ -93,8 +93,8 @@ def plan(facts: JSON) -> str:
         "",
         table(("group", "format", "tensors", "bytes"), rows),
         "",
-        f"output     {size(facts['output_bytes'])}, {facts['output_tensors']:,} tensors in {facts['output_shards']} files, "
-        f"{facts['bits_per_weight']:.3f} bits per weight",
+        f"output     {size(facts['output_bytes'])}, {facts['output_tensors']:,} tensors in "
+        f"{facts['output_shards']} files, {facts['bits_per_weight']:.3f} bits per weight",
         f"disk       {size(facts['free_bytes'])} free{short}",
         f"memory     {size(facts['peak_memory_bytes'])} while converting",
         f"time       about {duration(facts['seconds_estimate'])} at the speed of an ordinary disk (350 MB/s)",

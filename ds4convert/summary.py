@@ -88,7 +88,7 @@ def groups(plan: Plan) -> list[JSON]:
 
 
 def imagined(inventory: Inventory) -> tuple[Named, tuple[SourceFile, ...]]:
-    """Return the tensors that a checkpoint of this inventory would have, in one imagined file; for plans without SRC."""
+    """Return the tensors that a checkpoint of this inventory would have, in one imagined file."""
     tensors: dict[str, TensorInfo] = {}
     at = 0
     for spec in inventory.tensors():

@@ -145,7 +145,7 @@ def narrow_i64(step: Step, read: Read) -> Iterator[Piece]:
 
 
 def fp4_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
-    """Packed FP4 and its scales, dequantized to BF16 in row chunks. Params: rows, cols. Output `[experts, rows, cols]`."""
+    """Packed FP4 and its scales, dequantized to BF16 in row chunks. Params: rows, cols."""
     p = step.params
     weight, scale = Operand(step, 0, read), Operand(step, 1, read)
     row_bytes, row_scales = p["cols"] // 2, p["cols"] // blocks.MX_GROUP
