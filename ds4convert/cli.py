@@ -120,7 +120,7 @@ def conversion_options(f: F) -> F:
         click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
         click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
-        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True, help="Target host."),
+        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True),
         click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
         click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
         click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digests of all that is written."),

@@ -42,8 +42,8 @@ def e4m3_values() -> F32:
     normal = (1 + mantissa / 8) * np.exp2(exponent - 7.0)
     magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
     magnitude[(codes & 0x7F) == 0x7F] = np.nan
-    signed = np.where(codes & 0x80, -magnitude, magnitude)
-    return np.asarray(signed, np.float32)
+    sign = np.where(codes & 0x80, -1.0, 1.0)
+    return np.copysign(magnitude, sign).astype(np.float32)
 
 
 @cache
