@@ -43,7 +43,8 @@ def e4m3_values() -> F32:
     magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
     magnitude[(codes & 0x7F) == 0x7F] = np.nan
     sign = np.where(codes & 0x80, -1.0, 1.0)
-    return np.copysign(magnitude, sign).astype(np.float32)
+    values: F32 = np.copysign(magnitude, sign).astype(np.float32)
+    return values
 
 
 @cache
