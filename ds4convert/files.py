@@ -20,6 +20,9 @@ from ds4convert.errors import EnvironmentFault
 
 PARTIAL = ".partial"
 PAGE = 4096
+WRITE_BYTES = 256 << 10
+"""Largest single write. Measured on ext4: whole aligned megabytes make the kernel look for pages that large, at six
+times the cost; smaller writes never do (benchmarks/RESULTS.md)."""
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -87,7 +90,7 @@ class Disk:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
-            n = os.pwrite(fd, view, offset)
+            n = os.pwrite(fd, view[:WRITE_BYTES], offset)
             view, offset = view[n:], offset + n
 
     def copy_range(self, source: int, start: int, target: int, offset: int, size: int) -> bool:
