@@ -76,7 +76,7 @@ def _encode(name: str, kind: Kind, weight: Tensor) -> dict[str, Tensor]:
 def write(folder: Path, cfg: Config, weights: Mapping[str, Tensor], shards: int) -> int:
     """Write `shards` safetensors files and the index; returns the bytes of all tensors.
 
-    The last shard holds `mtp.0` alone. The backbone goes in inventory order into the first `shards - 1` files,
+    The last shard holds `mtp.0` alone. The backbone goes in inventory order into the first `shards - 1`,
     of about equal size.
     """
     groups: list[dict[str, Tensor]] = [{} for _ in range(shards)]

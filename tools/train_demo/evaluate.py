@@ -14,7 +14,8 @@ from torch import Tensor
 from . import checkpoint, model, text
 from .spec import Config
 
-PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 48, 160, 24
+PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 48, 128, 24
+EARLY, TEMPERATURE, SAMPLES = 32, 0.7, 6
 ROW = 512
 
 
@@ -38,31 +39,38 @@ class Demo:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of the backbone on held-out text, teacher-forced; and the head's top-1 agreement there."""
+    """Of the backbone on held-out text, teacher-forced; and how well the head agrees there."""
 
     per_token: float
     per_byte: float
     tokens: int
     head_on_text: float  # share of positions where the head's first choice is the token after next
     head_on_backbone: float  # and where it is the backbone's first choice
+    overlap: float  # mean of sum(min(p, q)): the acceptance of speculative sampling at temperature 1
 
 
 @torch.inference_mode()
 def perplexity(demo: Demo, passages: list[text.Passage]) -> Perplexity:
     """One row per passage, cut at `ROW` tokens."""
-    nats, tokens, size, right, agree, drafts = 0.0, 0, 0, 0, 0, 0
+    nats, tokens, size, right, agree, overlap, drafts = 0.0, 0, 0, 0, 0, 0.0, 0
     for passage in passages:
         ids = torch.tensor(demo.ids("".join(passage))[: ROW + 2])
         logits, streams = model.backbone(demo.cfg, demo.weights, ids[None, :-1])
         nats += F.cross_entropy(logits[0], ids[1:], reduction="sum").item()
         tokens += len(ids) - 1
         size += len(demo.tokenizer.decode(ids[1:].tolist()).encode())
-        draft = model.mtp(demo.cfg, demo.weights, streams[:, :-1], ids[None, 1:-1])[0].argmax(-1)
-        right += (draft == ids[2:]).sum().item()
-        agree += (draft == logits[0, 1:].argmax(-1)).sum().item()
-        drafts += len(draft)
+        guess = model.mtp(demo.cfg, demo.weights, streams[:, :-1], ids[None, 1:-1])[0]
+        right += (guess.argmax(-1) == ids[2:]).sum().item()
+        agree += (guess.argmax(-1) == logits[0, 1:].argmax(-1)).sum().item()
+        overlap += torch.minimum(guess.softmax(-1), logits[0, 1:].softmax(-1)).sum().item()
+        drafts += len(guess)
     return Perplexity(
-        math.exp(nats / tokens), 2 ** (nats / size / math.log(2)), tokens, right / drafts, agree / drafts
+        per_token=math.exp(nats / tokens),
+        per_byte=math.exp(nats / size),
+        tokens=tokens,
+        head_on_text=right / drafts,
+        head_on_backbone=agree / drafts,
+        overlap=overlap / drafts,
     )
 
 
@@ -73,6 +81,7 @@ class Acceptance:
     prompts: int
     new_tokens: int
     positions: float  # share of all generated positions whose draft is right
+    early: float  # the same over the first `EARLY` positions, before greedy text repeats itself
     loop: float  # share of the drafts that a draft/verify loop makes
     loop_by_prompt: list[float]
     distinct: float  # distinct 4-token runs of the generated text, as a share of all: 1 is no repetition
@@ -82,33 +91,46 @@ class Acceptance:
     texts: list[tuple[str, str]]  # (prompt, continuation)
 
 
+def continue_prompts(demo: Demo, ids: Tensor, new_tokens: int, temperature: float = 0.0) -> Tensor:
+    """[B, T] to [B, T + new_tokens] by whole passes, greedily or by sampling with a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(new_tokens):
+        last = model.backbone(demo.cfg, demo.weights, ids)[0][:, -1]
+        if temperature:
+            chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+        else:
+            chosen = last.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, chosen), dim=1)
+    return ids
+
+
+def texts_of(demo: Demo, ids: Tensor, start: int) -> list[tuple[str, str]]:
+    """(prompt without BOS, continuation up to EOS) of each row."""
+    decode = demo.tokenizer.decode
+    return [(decode(row[1:start]), decode(_until_eos(row[start:]))) for row in ids.tolist()]
+
+
 @torch.inference_mode()
 def acceptance(demo: Demo, prompts: list[list[int]], new_tokens: int) -> Acceptance:
     """Decode all prompts (one length) greedily, past EOS, then score the drafts in one pass."""
-    ids = torch.tensor(prompts)
-    start = ids.shape[1]
-    for _ in range(new_tokens):
-        logits, streams = model.backbone(demo.cfg, demo.weights, ids)
-        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
+    ids = continue_prompts(demo, torch.tensor(prompts), new_tokens)
+    start = len(prompts[0])
     trace = model.Trace()
-    logits, streams = model.backbone(demo.cfg, demo.weights, ids[:, :-1], trace)
+    _, streams = model.backbone(demo.cfg, demo.weights, ids[:, :-1], trace)
     draft = model.mtp(demo.cfg, demo.weights, streams[:, :-1], ids[:, 1:-1]).argmax(-1)
     # Pair t drafts token t + 2; the first draft comes from the pair (last prompt token, first new token).
     match = (draft == ids[:, 2:])[:, start - 1 :]
     loops = [_loop(row) for row in match.tolist()]
-    texts = [
-        (demo.tokenizer.decode(row[1:start]), demo.tokenizer.decode(_until_eos(row[start:])))
-        for row in ids.tolist()
-    ]
     return Acceptance(
         prompts=len(prompts),
         new_tokens=new_tokens,
         positions=match.float().mean().item(),
+        early=match[:, :EARLY].float().mean().item(),
         loop=sum(sum(row) for row in loops) / sum(map(len, loops)),
         loop_by_prompt=[sum(row) / len(row) for row in loops],
         distinct=sum(_distinct(row[start:]) for row in ids.tolist()) / len(prompts),
         index_ties=_ties(demo.cfg, trace),
-        texts=texts,
+        texts=texts_of(demo, ids, start),
     )
 
 
@@ -155,17 +177,24 @@ def report(source: Path, folder: Path) -> str:
     demo = Demo.read(folder)
     _, passages = text.split_held_out(text.read_passages(source))
     p = perplexity(demo, passages)
-    a = acceptance(demo, held_out_prompts(demo, passages, PROMPT_TOKENS, PROMPTS), NEW_TOKENS)
+    prompts = held_out_prompts(demo, passages, PROMPT_TOKENS, PROMPTS)
+    a = acceptance(demo, prompts, NEW_TOKENS)
+    few = torch.tensor(prompts[:: PROMPTS // SAMPLES])
+    with torch.inference_mode():
+        sampled = continue_prompts(demo, few, NEW_TOKENS, TEMPERATURE)
     size = sum(file.stat().st_size for file in folder.iterdir())
     lines = [
         f"all files: {size} bytes",
         f"held-out perplexity: {p.per_token:.2f} per token, {p.per_byte:.3f} per byte ({p.tokens} tokens)",
-        f"head, teacher-forced: {p.head_on_text:.1%} right on the text, "
-        f"{p.head_on_backbone:.1%} equal to the backbone",
+        f"head, teacher-forced: first choice right on the text {p.head_on_text:.1%}, "
+        f"equal to the backbone's {p.head_on_backbone:.1%}",
+        f"acceptance by speculative sampling at temperature 1, teacher-forced: {p.overlap:.1%}",
         f"acceptance, greedy, {a.prompts} prompts x {a.new_tokens} tokens: {a.loop:.1%} of the loop's drafts "
-        f"(worst prompt {min(a.loop_by_prompt):.1%}), {a.positions:.1%} of all positions",
+        f"(worst prompt {min(a.loop_by_prompt):.1%}), {a.positions:.1%} of all positions, "
+        f"{a.early:.1%} of the first {EARLY}",
         f"distinct 4-token runs: {a.distinct:.1%}; tied indexer selections: {a.index_ties:.2%}",
     ]
-    for prompt, continuation in a.texts[::4]:
-        lines += ["", f"prompt: {prompt!r}", f"greedy: {continuation!r}"]
+    greedy = a.texts[:: PROMPTS // SAMPLES]
+    for (prompt, best), (_, drawn) in zip(greedy, texts_of(demo, sampled, PROMPT_TOKENS), strict=True):
+        lines += ["", f"prompt: {prompt!r}", f"greedy: {best!r}", f"temperature {TEMPERATURE}: {drawn!r}"]
     return "\n".join(lines)

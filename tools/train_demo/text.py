@@ -1,8 +1,8 @@
 """Corpus, tokenizer files and training rows.
 
 Input is plain text: a file, or a folder of .txt files. A line like `Ge1:2 And the earth...`, as `bible -f` of
-Debian's bible-kjv prints it, is a verse; a change of chapter starts a new passage. In other text each line is a
-sentence of a passage, and an empty line ends it.
+Debian's bible-kjv prints it, is a verse; a change of chapter starts a new passage. In other text each line is
+a sentence of a passage, and an empty line ends it.
 """
 
 from __future__ import annotations
