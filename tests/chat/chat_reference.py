@@ -1,7 +1,8 @@
 """A second encoder, written from the description of the format alone, as the judge of the template.
 
-It shares nothing with inference/chat.py or the template: Python values instead of text splitting, the standard
-library's JSON, whole passes over lists instead of one loop. It raises `Refused` where the format has no text.
+It shares nothing with inference/chat.py or the template: Python values instead of text splitting, the
+standard library's JSON, whole passes over lists instead of one loop. It raises `Refused` where the format
+has no text.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for message in group:
             is_user = message["role"] == "user"
             open_turn = turns[-1] if turns and turns[-1].get("role") == "user" else None
-            if open_turn is None or (is_user and open_turn["task"]):
+            if open_turn is None or (is_user and open_turn["task"] is not None):
                 open_turn = {"role": "user", "blocks": [], "task": message.get("task") if is_user else None}
                 turns.append(open_turn)
             kind = "text" if is_user else "result"
@@ -97,7 +98,9 @@ def sort_results(turns: list[dict[str, Any]]) -> None:
     for turn in turns:
         if turn.get("role") == "assistant" and turn.get("tool_calls"):
             calls = enumerate(turn["tool_calls"])
-            position = {name: at for at, call in calls if (name := call.get("id") or call["function"].get("id"))}
+            position = {
+                name: at for at, call in calls if (name := call.get("id") or call["function"].get("id"))
+            }
         elif turn.get("role") == "user" and position:
             slots = [at for at, block in enumerate(turn["blocks"]) if block[0] == "result"]
             results = sorted((turn["blocks"][at] for at in slots), key=lambda b: position.get(b[2], 0))
@@ -147,7 +150,9 @@ def block_text(block: tuple[str, Any, Any]) -> str:
             raise Refused("user content")
         return content
     if isinstance(content, list):
-        content = "\n\n".join(p["text"] if p["type"] == "text" else f"[Unsupported {p['type']}]" for p in content)
+        content = "\n\n".join(
+            p["text"] if p["type"] == "text" else f"[Unsupported {p['type']}]" for p in content
+        )
     return f"<tool_result>{content}</tool_result>"
 
 
@@ -168,7 +173,7 @@ def suffix(turn: dict[str, Any], thinking: bool, opens: bool) -> str:
         return ASSISTANT + ("<think>" if thinking else "</think>") + "<｜action｜>"
     if task in PLAIN_TASKS:
         return f"<｜{task}｜>"
-    if task:
+    if task is not None:
         raise Refused("task")
     if turn.get("role") in ("user", "developer"):
         return ASSISTANT + ("<think>" if opens else "</think>")

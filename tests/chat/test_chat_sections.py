@@ -91,7 +91,12 @@ def shown_results(calls, *messages):
 def test_results_take_the_order_of_the_calls_and_texts_keep_their_places():
     blocks = (result("3", "c"), user("t"), result("1", "a"), result("2", "b"))
     shown = shown_results([call("a"), call("b"), call("c")], *blocks)
-    parts = ["<tool_result>1</tool_result>", "t", "<tool_result>2</tool_result>", "<tool_result>3</tool_result>"]
+    parts = [
+        "<tool_result>1</tool_result>",
+        "t",
+        "<tool_result>2</tool_result>",
+        "<tool_result>3</tool_result>",
+    ]
     assert shown == "\n\n".join(parts)
 
 
@@ -117,7 +122,12 @@ def test_the_latest_assistant_with_calls_decides():
 
 # 4: old reasoning
 
-TALK = (user("1"), assistant("2", reasoning_content="old"), user("3"), assistant("4", reasoning_content="new"))
+TALK = (
+    user("1"),
+    assistant("2", reasoning_content="old"),
+    user("3"),
+    assistant("4", reasoning_content="new"),
+)
 
 
 def test_old_reasoning_is_left_out():
@@ -154,8 +164,15 @@ def test_old_developers_and_unknown_roles_go_as_a_whole():
 # 5: messages and suffixes
 
 
-def test_null_contents_are_empty():
-    assert chat(message("system", None), user(), assistant(None, reasoning_content=None)) == f"{U}q{A}</think>{E}"
+def test_null_and_missing_contents_are_empty():
+    assert (
+        chat(message("system", None), user(), assistant(None, reasoning_content=None))
+        == f"{U}q{A}</think>{E}"
+    )
+    assert (
+        chat({"role": "user"}, {"role": "system"}, {"role": "tool"})
+        == f"{U}{U}<tool_result></tool_result>{A}</think>"
+    )
     assert think(user(), {"role": "assistant"}) == f"{U}q{A}<think></think>{E}"
 
 
@@ -195,6 +212,7 @@ def test_a_task_writes_its_token_only(task):
 
 
 def test_the_task_action_follows_the_mode():
+    assert f"1{A}<think><｜action｜>a" in think(user("1", task="action"), assistant(), user("2"))
     assert think(user(task="action"), assistant("Search")) == f"{U}q{A}<think><｜action｜>Search{E}"
     assert chat(user(task="action")) == f"{U}q{A}</think><｜action｜>"
 
@@ -292,7 +310,7 @@ def test_two_assistants_have_no_marker_between_them():
         ([user()], {"mode": "deep"}),
         ([user()], {"effort": "low"}),
         ([user(None)], {}),
-        ([{"role": "user"}], {}),
+        ([user(task="")], {}),
         ([user(7)], {}),
         ([user([{"type": "image_url"}])], {}),
         ([message("developer", None)], {}),
@@ -382,7 +400,9 @@ def test_thinking_switches(variables, thinks):
     assert text == f"{B}{U}q{A}" + ("<think>" if thinks else "</think>")
 
 
-@pytest.mark.parametrize("variables", [{"thinking_mode": "deep"}, {"thinking": "yes"}, {"reasoning_effort": "lots"}])
+@pytest.mark.parametrize(
+    "variables", [{"thinking_mode": "deep"}, {"thinking": "yes"}, {"reasoning_effort": "lots"}]
+)
 def test_unknown_switches_are_refused_in_hosts_too(variables):
     from jinja2 import TemplateError
 
@@ -420,7 +440,11 @@ def test_the_template_does_not_depend_on_the_settings_of_the_sandbox():
     bare = jinja2.Environment()
     bare.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = bare.from_string(template_text())
-    messages = [message("system", "s", tools=[TOOL]), *TALK, assistant(tool_calls=[call(arguments='{"a": [1]}')])]
+    messages = [
+        message("system", "s", tools=[TOOL]),
+        *TALK,
+        assistant(tool_calls=[call(arguments='{"a": [1]}')]),
+    ]
     assert template.render(messages=messages) == render(messages)
 
 
