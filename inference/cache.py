@@ -10,7 +10,7 @@ Source of the state's meaning: architecture description, sections 5 (window) and
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -186,7 +186,7 @@ class LayerCache:
             store.data = data
 
     @classmethod
-    def from_state(cls, state: list[Any]) -> LayerCache:
+    def from_state(cls, state: list[Any]) -> Self:
         """A cache rebuilt from `state`."""
         cache = cls.__new__(cls)
         cache.state = state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 OVERLAP_RATIO = 4
 """The one compress ratio whose windows overlap and whose entries are chosen by an indexer (section 6)."""
@@ -54,7 +54,7 @@ class ModelArgs:
     quantization: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_dict(cls, params: dict[str, Any]) -> ModelArgs:
+    def from_dict(cls, params: dict[str, Any]) -> Self:
         """Arguments from a parsed config.json; keys that the forward pass does not use are ignored."""
         known = inspect.signature(cls).parameters
         return cls(**{key: value for key, value in params.items() if key in known})

@@ -234,7 +234,7 @@ class SwitchLinear(nn.Module):
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-    ) -> QuantizedSwitchLinear:
+    ) -> nn.Module:
         """The same matrices, quantized; called by mlx.nn.quantize."""
         return QuantizedSwitchLinear(self.weight, group_size, bits, mode)
 
