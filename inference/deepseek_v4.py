@@ -1,10 +1,13 @@
 """DeepSeek-V4 in MLX: backbone, and the multi-token-prediction head that drafts.
 
-Shapes: B batch, L tokens of this pass, M streams (hc_mult), D hidden size, V vocabulary. The module tree is the
-set of tensor names in a converted folder (layouts, section 1); the head is `mtp.0`, with the same names below it.
-Compute dtype is the dtype of the final norm's weight; see `Model.set_compute_dtype`.
-Sources: architecture description, section 2 (backbone) and section 9 (head).
+Shapes: B batch, L tokens of this pass, M streams (hc_mult), D hidden size, V vocabulary. The module tree is
+the set of tensor names in a converted folder (layouts, section 1); the head is `mtp.0`, with the same names
+below it. Compute dtype is the dtype of the final norm's weight; see `Model.set_compute_dtype`. Sources:
+architecture description, section 2 (backbone) and section 9 (head).
 """
+
+# mlx.nn carries no types that mypy can see, so these checks would only repeat that.
+# mypy: disable-error-code="attr-defined,name-defined,misc,no-any-return,str-unpack,union-attr"
 
 from __future__ import annotations
 
@@ -77,7 +80,9 @@ class MTPBlock(DeepseekV4Block):
     def __call__(  # type: ignore[override]
         self, hidden: mx.array, embedded: mx.array, tokens: mx.array, cache: LayerCache
     ) -> mx.array:
-        """Hidden [B, L, M, D], embeddings [B, L, D] of the next tokens [B, L]: the block's streams [B, L, M, D]."""
+        """Hidden [B, L, M, D], embeddings [B, L, D] of the next tokens [B, L]: the block's streams [B, L, M,
+        D].
+        """
         step = Step(cache.offset, hidden.shape[1])
         entered = self.e_proj(self.enorm(embedded))[:, :, None] + self.h_proj(self.hnorm(hidden))
         return self.forward(entered, tokens, cache, step)
@@ -109,7 +114,9 @@ class Backbone(nn.Module):
 
 
 class Model(nn.Module):
-    """Backbone with output matrix, and the head where the checkpoint has one (`head` says whether and why)."""
+    """Backbone with output matrix, and the head where the checkpoint has one (`head` says whether and
+    why).
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -129,9 +136,11 @@ class Model(nn.Module):
         return_hidden: bool = False,
         trace: Trace | None = None,
     ) -> Any:
-        """Logits float32 [B, L, V] for token ids [B, L]; with `return_hidden` also the raw streams [B, L, M, D].
+        """Logits float32 [B, L, V] for token ids [B, L]; with `return_hidden` also the raw streams [B, L, M,
+        D].
 
-        `cache` (from `make_cache`) continues a sequence; of a longer list the first `num_hidden_layers` are used.
+        `cache` (from `make_cache`) continues a sequence; of a longer list the first `num_hidden_layers` are
+        used.
         """
         states = self.make_cache() if cache is None else cache[: len(self.layers)]
         hidden = self.model(inputs, states, trace)
@@ -145,10 +154,11 @@ class Model(nn.Module):
         mtp_cache: list[HeadCache],
         return_hidden: bool = False,
     ) -> Any:
-        """Draft logits float32 [B, L, V]: from streams [B, L, M, D] at t and tokens [B, L] at t+1, for token t+2.
+        """Draft logits float32 [B, L, V]: from streams [B, L, M, D] at t and tokens [B, L] at t+1, for token
+        t+2.
 
-        With `return_hidden` also the block's own streams [B, L, M, D], which take the place of `hidden` for the
-        next draft. The cache must have been given every position before.
+        With `return_hidden` also the block's own streams [B, L, M, D], which take the place of `hidden` for
+        the next draft. The cache must have been given every position before.
         """
         if not self.head.present:
             raise ValueError(f"the model has no head to draft with: {self.head.reason}")
@@ -201,7 +211,9 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self) -> Any:
-        """For mlx-lm's converter: the router is a plain array and stays dense, all matrices may be quantized."""
+        """For mlx-lm's converter: the router is a plain array and stays dense, all matrices may be
+        quantized.
+        """
         return lambda path, module: hasattr(module, "to_quantized") and "compressor" not in path
 
     @property

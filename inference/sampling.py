@@ -1,9 +1,10 @@
 """How a token is drawn, and when a draft is accepted.
 
-Two rules. `ExactMatch` draws the backbone's token first, with any sampler, and accepts the draft that equals it:
-greedy decoding, or any distribution, at the price of fewer acceptances. `Speculative` knows the settings, so it can
-compare the two distributions: accept with min(1, p/q), else draw from the positive part of p - q, normalised
-(Leviathan et al. 2023; Chen et al. 2023). Under both rules the tokens are distributed as without drafts.
+Two rules. `ExactMatch` draws the backbone's token first, with any sampler, and accepts the draft that equals
+it: greedy decoding, or any distribution, at the price of fewer acceptances. `Speculative` knows the settings,
+so it can compare the two distributions: accept with min(1, p/q), else draw from the positive part of p - q,
+normalised (Leviathan et al. 2023; Chen et al. 2023). Under both rules the tokens are distributed as without
+drafts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of mlx-lm's sampler, in its meaning and order: top-p, min-p, top-k on log-probabilities, then temp.
+    """Settings of mlx-lm's sampler, in its meaning and order: top-p, min-p, top-k on log-probabilities, then
+    temp.
 
     `temp` 0 is greedy; `top_p` 0 or 1, `min_p` 0 and `top_k` 0 switch a filter off.
     """
@@ -63,7 +65,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Draft:
-    """One drafted token, int [1], and the logits [1, V] that it was drawn from (None where the rule needs none)."""
+    """One drafted token, int [1], and the logits [1, V] that it was drawn from (None where the rule needs
+    none).
+    """
 
     token: mx.array
     logits: mx.array | None = None
@@ -99,7 +103,7 @@ class ExactMatch:
     def judge(self, logprobs: mx.array, drafts: list[Draft]) -> tuple[int, int]:
         """Accepted drafts n and the token after them, from the backbone's rows [len(drafts) + 1, V]."""
         drawn: list[int] = self.sampler(logprobs).tolist()  # type: ignore[assignment]
-        proposed = [int(draft.token.item()) for draft in drafts]
+        proposed = [token_id(draft.token) for draft in drafts]
         n = 0
         while n < len(proposed) and proposed[n] == drawn[n]:
             n += 1
@@ -127,15 +131,20 @@ class Speculative:
         """Accepted drafts n and the token after them, from the backbone's rows [len(drafts) + 1, V]."""
         p = mx.softmax(self.sampling.logits(logprobs), axis=-1)
         if not drafts:
-            return 0, int(mx.random.categorical(mx.log(p)).item())
-        q = mx.softmax(mx.concatenate([draft.logits for draft in drafts]), axis=-1)
+            return 0, token_id(mx.random.categorical(mx.log(p)))
+        q = mx.softmax(mx.concatenate([d.logits for d in drafts if d.logits is not None]), axis=-1)
         tokens = mx.concatenate([draft.token for draft in drafts])
         accepted = accept(p[:-1], q, tokens, mx.random.uniform(shape=(len(drafts),)))
         after = mx.random.categorical(mx.log(mx.concatenate([residual(p[:-1], q), p[-1:]])))
         mx.eval(accepted, after)
         verdicts: list[bool] = accepted.tolist()  # type: ignore[assignment]
         n = verdicts.index(False) if False in verdicts else len(drafts)
-        return n, int(after[n].item())
+        return n, token_id(after[n])
+
+
+def token_id(token: mx.array) -> int:
+    """The one token of an array."""
+    return int(token.item())  # type: ignore[arg-type]
 
 
 def greedy(logprobs: mx.array) -> mx.array:
@@ -151,6 +160,8 @@ def accept(p: mx.array, q: mx.array, tokens: mx.array, uniform: mx.array) -> mx.
 
 
 def residual(p: mx.array, q: mx.array) -> mx.array:
-    """Positive part of p - q, not normalised, [K, V]; p itself where nothing is left (then no draft is refused)."""
+    """Positive part of p - q, not normalised, [K, V]; p itself where nothing is left (then no draft is
+    refused).
+    """
     rest = mx.maximum(p - q, 0)
     return mx.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)

@@ -1,9 +1,9 @@
 """Writes the model as one Python file for mlx-lm, which loads it by `model_file` in config.json.
 
-The file is made from this package's own modules: their text in order of dependence, imports gathered at the top, no
-relative imports left. It defines `Model` and `ModelArgs` and needs Python 3.11 and mlx, nothing else. Annotations are
-evaluated in it (no `from __future__`): mlx-lm runs the file without registering it in `sys.modules`, where dataclasses
-would look up annotations kept as text.
+The file is made from this package's own modules: their text in order of dependence, imports gathered at the
+top, no relative imports left. It defines `Model` and `ModelArgs` and needs Python 3.11 and mlx, nothing else.
+Annotations are evaluated in it (no `from __future__`): mlx-lm runs the file without registering it in
+`sys.modules`, where dataclasses would look up annotations kept as text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FILE_NAME = "deepseek_v4.py"
 
 HEADER = '''"""DeepSeek-V4 for mlx-lm, backbone and multi-token-prediction head, in one file.
 
-Written by ds4convert; loaded through `model_file` in config.json with trust_remote_code. mlx-lm decodes with the
-backbone; the head is loaded with it and serves `ds4convert generate --mtp`.
+Written by ds4convert; loaded through `model_file` in config.json with trust_remote_code. mlx-lm decodes with
+the backbone; the head is loaded with it and serves `ds4convert generate --mtp`.
 """
 '''
 
@@ -38,8 +38,8 @@ def single_file_source() -> str:
 
 
 def _split(source: str) -> tuple[list[str], str]:
-    """Imports of other packages, one statement each, and the text without any import and module docstring."""
-    lines = source.splitlines()
+    """Imports of other packages, one statement each, and the text after the last import."""
+    lines, start = source.splitlines(), 0
     imports: list[str] = []
     for node in ast.parse(source).body:
         is_docstring = node.lineno == 1 and isinstance(node, ast.Expr)
@@ -48,6 +48,5 @@ def _split(source: str) -> tuple[list[str], str]:
         is_ours = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
         if not is_docstring and not is_ours:
             imports.append(ast.unparse(node))
-        for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-            lines[number] = ""
-    return imports, "\n".join(lines)
+        start = node.end_lineno or node.lineno
+    return imports, "\n".join(lines[start:])

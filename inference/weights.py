@@ -38,7 +38,11 @@ BLOCK_NAMES = {
     "hc_ffn": "ffn_hc",
     "weight_scale_inv": "scale",
     "sinks": "attn_sink",
-    **{f"hc_{part}_{leaf}": f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")},
+    **{
+        f"hc_{part}_{leaf}": f"{part}_hc.{leaf}"
+        for part in ("attn", "ffn")
+        for leaf in ("fn", "base", "scale")
+    },
     **{f"hc_head_{leaf}": f"hc_head.{leaf}" for leaf in ("fn", "base", "scale")},
 }
 
@@ -78,7 +82,9 @@ class HeadStatus:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Parameters under this model's names, the modules among them that are repacked, and the head's status."""
+    """Parameters under this model's names, the modules among them that are repacked, and the head's
+    status.
+    """
 
     weights: dict[str, mx.array]
     repacked: dict[str, dict[str, int | str]]
@@ -86,7 +92,9 @@ class Loaded:
 
 
 def canonical_name(name: str) -> str:
-    """This model's spelling of a tensor name; names of unknown tensors pass through unchanged in their tail."""
+    """This model's spelling of a tensor name; names of unknown tensors pass through unchanged in their
+    tail.
+    """
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in ("language_model", "model"):
         parts = parts[1:]

@@ -43,8 +43,12 @@ def head_spelling(name: str, layout: str) -> str:
     return prefix + OFFICIAL_HC.get(tail, tail)
 
 
-def write(folder: Path, name: str, layout: str = "inline", recipe: dict | None = None, manifest: bool = True) -> Path:
-    """A converted folder; layouts inline, mtplx, block, drafter (in `mtp/`), none (head stripped, still promised)."""
+def write(
+    folder: Path, name: str, layout: str = "inline", recipe: dict | None = None, manifest: bool = True
+) -> Path:
+    """A converted folder; layouts inline, mtplx, block, drafter (in `mtp/`), none (head stripped, still
+    promised).
+    """
     folder.mkdir(parents=True)
     tensors, table = parameters(name, recipe)
     head = {key: tensors.pop(key) for key in [key for key in tensors if key.startswith("mtp.")]}

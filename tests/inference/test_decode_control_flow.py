@@ -152,7 +152,9 @@ def test_processors_see_the_tokens_before_each_row(depth: int) -> None:
         seen.append(tokens.tolist())
         return logits
 
-    steps = mtp_generate_step(prompt(), model, draft_depth=depth, max_tokens=30, logits_processors=[processor])
+    steps = mtp_generate_step(
+        prompt(), model, draft_depth=depth, max_tokens=30, logits_processors=[processor]
+    )
     assert [token for token, _, _ in steps] == TRUTH[5:35]
     for tokens in seen:
         wrong = [n for n, token in enumerate(tokens) if token != TRUTH[n]]

@@ -40,7 +40,9 @@ def run_head(m, hidden: mx.array, ids: mx.array, cache, size: int) -> mx.array:
 
 
 def check_all_keys(m, data: dict[str, mx.array], i: int, chunk: int, step: int) -> dict[str, float]:
-    """Compare prompt i, prefilled in chunks, then decoded `step` forced tokens at a time; returns differences."""
+    """Compare prompt i, prefilled in chunks, then decoded `step` forced tokens at a time; returns
+    differences.
+    """
     g = {key.split(".", 1)[1]: value for key, value in data.items() if key.startswith(f"p{i}.")}
     cache, head_cache = m.make_cache(), m.make_mtp_cache()
     logits, hidden = run_chunks(m, g["input_ids"], cache, chunk)
@@ -125,7 +127,9 @@ def test_bfloat16_stays_within_the_median_divergence(name: str) -> None:
 
 
 def test_deliberate_mistake_is_seen() -> None:
-    """The comparison itself works: one mistake of the README's table moves the logits far beyond the tolerance."""
+    """The comparison itself works: one mistake of the README's table moves the logits far beyond the
+    tolerance.
+    """
     name = NAMES[0]
     m, g = build(name), golden(name)
     for layer in m.layers:

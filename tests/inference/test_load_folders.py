@@ -1,4 +1,6 @@
-"""Folders in every layout load to the same numbers; broken ones are refused by name before anything is computed."""
+"""Folders in every layout load to the same numbers; broken ones are refused by name before anything is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,7 @@ def check_golden(model: Model, name: str = NAME) -> None:
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_official_folder_loads_exactly(name: str, dense: bool) -> None:
-    model, _ = load_model(
-        GOLDEN / name / "checkpoint", dtype="float32", dense=dense, require_manifest=False
-    )
+    model, _ = load_model(GOLDEN / name / "checkpoint", dtype="float32", dense=dense, require_manifest=False)
     check_golden(model, name)
 
 
@@ -68,7 +68,9 @@ def test_sibling_and_named_drafter_folders_are_found(tmp_path: Path) -> None:
     ids=lambda recipe: f"{recipe['mode']}-{recipe['bits']}",
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_quantization_runs_and_equals_its_dense_values(tmp_path: Path, recipe: dict, dtype: str) -> None:
+def test_every_quantization_runs_and_equals_its_dense_values(
+    tmp_path: Path, recipe: dict, dtype: str
+) -> None:
     """Everything quantized, embedding and output matrix included; packed products equal dense ones."""
     folder = write(tmp_path / "out", NAME, recipe=recipe)
     ids = golden(NAME)["p1.input_ids"][None, :40]
@@ -255,7 +257,7 @@ def test_head_with_one_tensor_missing_is_an_error_not_a_stripped_head(tmp_path: 
 def test_many_problems_are_counted_after_ten(tmp_path: Path) -> None:
     folder = write(tmp_path / "out", NAME)
     break_shard(folder, lambda weights: [weights.pop(name) for name in sorted(weights)[:25]])
-    with pytest.raises(InventoryError, match="20 tensors do not fit(.|\n)*and 10 more"):
+    with pytest.raises(InventoryError, match=r"20 tensors do not fit(.|\n)*and 10 more"):
         load_model(folder)
 
 

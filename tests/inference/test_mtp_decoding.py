@@ -93,7 +93,9 @@ def test_head_with_exchanged_norms_changes_no_token(name: str) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(("name", "i"), [(name, i) for name in NAMES for i in PROMPTS])
 def test_verified_rows_are_the_golden_rows(name: str, i: int, depth: int) -> None:
-    """Log-probabilities that leave the loop, accepted or not, are those of one-token decoding; so is the state."""
+    """Log-probabilities that leave the loop, accepted or not, are those of one-token decoding; so is the
+    state.
+    """
     m, g = model(name), golden(name)
     cache = m.make_cache() + m.make_mtp_cache()
     stats = DecodeStats()
@@ -137,12 +139,7 @@ def test_first_drafts_agree_with_the_golden_drafts(name: str) -> None:
             position += 1 + match[position]
         stats = DecodeStats()
         mx.eval(
-            [
-                token
-                for token, _, _ in mtp_generate_step(
-                    g[f"p{i}.input_ids"], m, max_tokens=41, stats=stats
-                )
-            ]
+            [token for token, _, _ in mtp_generate_step(g[f"p{i}.input_ids"], m, max_tokens=41, stats=stats)]
         )
         assert (stats.drafted, stats.accepted) == (drafted, accepted)
 

@@ -1,10 +1,12 @@
 """Probabilistic acceptance keeps the backbone's distribution: chi-square against the exact probabilities.
 
-A Markov chain stands in for the backbone and another one for the head, so the distribution of every token is known.
+A Markov chain stands in for the backbone and another one for the head, so the distribution of every token is
+known.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mlx.core as mx
@@ -41,7 +43,9 @@ class Chain:
 
 
 def probabilities(settings: Sampling) -> list[list[float]]:
-    """Exact row-wise next-token probabilities of the backbone under the settings, without any filter of ours."""
+    """Exact row-wise next-token probabilities of the backbone under the settings, without any filter of
+    ours.
+    """
     rows = mx.softmax(BACKBONE, axis=-1).tolist()
     result = []
     for row in rows:
@@ -60,7 +64,9 @@ def probabilities(settings: Sampling) -> list[list[float]]:
 
 
 def draw(settings: Sampling, depth: int, samples: int = SAMPLES) -> list[tuple[int, int, int]]:
-    """The first, second and third token after token 0, over and over in one run: each restart is a new prompt."""
+    """The first, second and third token after token 0, over and over in one run: each restart is a new
+    prompt.
+    """
     model, result = Chain(), []
     for _ in range(samples):
         steps = mtp_generate_step(mx.array([0]), model, draft_depth=depth, max_tokens=3, sampling=settings)
@@ -120,16 +126,22 @@ def test_first_and_second_tokens_are_distributed_as_without_drafts(settings: Sam
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(
-    "settings", [Sampling(temp=1.0, min_p=0.1), Sampling(temp=1.3, top_k=4), Sampling(temp=1.0, top_p=0.9)], ids=repr
+    "settings",
+    [Sampling(temp=1.0, min_p=0.1), Sampling(temp=1.3, top_k=4), Sampling(temp=1.0, top_p=0.9)],
+    ids=repr,
 )
-def test_every_transition_of_long_runs_is_distributed_as_without_drafts(settings: Sampling, depth: int) -> None:
+def test_every_transition_of_long_runs_is_distributed_as_without_drafts(
+    settings: Sampling, depth: int
+) -> None:
     mx.random.seed(11)
     table = probabilities(settings)
-    steps = mtp_generate_step(mx.array([0]), Chain(), draft_depth=depth, max_tokens=SAMPLES, sampling=settings)
+    steps = mtp_generate_step(
+        mx.array([0]), Chain(), draft_depth=depth, max_tokens=SAMPLES, sampling=settings
+    )
     line = [0] + [token for token, _, _ in steps]
     worst = 1.0
     for start in range(VOCAB):
-        after = [b for a, b in zip(line, line[1:], strict=False) if a == start]
+        after = [b for a, b in itertools.pairwise(line) if a == start]
         if after:
             worst = min(worst, p_value(count(after), table[start]))
     print(f"{settings} depth {depth}: smallest p of {VOCAB} rows {worst:.3f}")
@@ -162,7 +174,7 @@ def test_exact_match_with_a_random_sampler_keeps_the_distribution_too() -> None:
     )
     line = [0] + [token for token, _, _ in steps]
     for start in range(VOCAB):
-        after = [b for a, b in zip(line, line[1:], strict=False) if a == start]
+        after = [b for a, b in itertools.pairwise(line) if a == start]
         if after:
             assert p_value(count(after), probabilities(settings)[start]) > 0.01 / VOCAB
 
