@@ -383,7 +383,7 @@ def plain_generate_step(
 
     `options` are those of `generate_step`; `sampling` is taken as well, in place of `sampler`.
     """
-    from mlx_lm.generate import generate_step, generation_stream
+    from mlx_lm.generate import generate_step
 
     sampling: Sampling | None = options.pop("sampling", None)
     if sampling is not None:
@@ -391,7 +391,8 @@ def plain_generate_step(
     counted = stats if stats is not None else DecodeStats()
     counted.prompt_tokens = int(prompt.size)
     clock = _Clock(counted)
-    for token, logprobs in generate_step(prompt, model, stream or generation_stream, **options):
+    place = {} if stream is None else {"stream": stream}
+    for token, logprobs in generate_step(prompt, model, **place, **options):
         clock.charge("backbone_seconds" if counted.generated else "prompt_seconds")
         counted.passes += counted.generated > 0
         counted.generated += 1

@@ -141,7 +141,8 @@ class HyperConnection(nn.Module):
         pre = mx.sigmoid(m[..., :n] * self.scale[0] + self.base[:n]) + self.eps
         post = 2 * mx.sigmoid(m[..., n : 2 * n] * self.scale[1] + self.base[n : 2 * n])
         comb = m[..., 2 * n :] * self.scale[2] + self.base[2 * n :]
-        comb = sinkhorn(comb.reshape(*comb.shape[:-1], n, n), self.iterations, self.eps)
+        balance = sinkhorn if on_cpu() else fused_sinkhorn
+        comb = balance(comb.reshape(*comb.shape[:-1], n, n), self.iterations, self.eps)
         return collapse(streams, pre), post, comb
 
 
@@ -165,6 +166,10 @@ def sinkhorn(comb: mx.array, iterations: int, eps: float) -> mx.array:
         comb = comb / (comb.sum(axis=-1, keepdims=True) + eps)
         comb = comb / (comb.sum(axis=-2, keepdims=True) + eps)
     return comb
+
+
+fused_sinkhorn = mx.compile(sinkhorn, shapeless=True)
+"""The same in fewer kernels, traced once for all shapes. For GPUs: on a CPU mlx would need a compiler."""
 
 
 def spread(output: mx.array, streams: mx.array, post: mx.array, comb: mx.array) -> mx.array:

@@ -25,7 +25,7 @@ SETTINGS = {
     "o_lora_rank": 24,
     "sliding_window": 24,
     "compress_ratios": [0, 4, 128, 4, 128],
-    "index_n_heads": 24,  # with few heads entries tie at a score of exactly 0, and each side picks others of them
+    "index_n_heads": 24,  # with few heads, entries tie at a score of exactly 0 and each side picks others
     "index_head_dim": 32,
     "index_topk": 12,
     "n_routed_experts": 7,
