@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ds4convert import convert, synth
+from ds4convert import convert, synth, verify
 from ds4convert import plan as plans
 from ds4convert.config import named_config
 from ds4convert.convert import Outcome
@@ -70,6 +71,14 @@ def failed_checks(*words: str | Path) -> list[str]:
     wrong = [c["name"] for c in facts["checks"] if not c["ok"]]
     assert done.returncode == (1 if wrong else 0) and facts["ok"] == (not wrong), (done.returncode, facts)
     return wrong
+
+
+def wrong(out: Path, source: Path | None = None) -> list[str]:
+    """Return the names of the checks that fail for the folder `out`, asked in this process."""
+    checks = verify.structure(out)
+    if source is not None:
+        checks += verify.against_source(out, source)
+    return [c.name for c in checks if not c.ok]
 
 
 def run(
@@ -262,25 +271,28 @@ def expected_values(source: Path) -> dict[str, np.ndarray]:
 
 def official_hc(path: str) -> str:
     """Return a head's MTPLX path as layout `inline` spells it: `mtp.0.attn_hc.fn` is `mtp.0.hc_attn_fn`."""
+    if not path.startswith("mtp."):
+        return path
     for sub in ("attn", "ffn"):
         path = path.replace(f".{sub}_hc.", f".hc_{sub}_")
-    return path.replace(".hc_head.", ".hc_head_") if path.startswith("mtp.") else path
+    return path.replace(".hc_head.", ".hc_head_")
 
 
 # --- faults ----------------------------------------------------------------------------------------------------
 
 
 class FailingDisk(Disk):
-    """Raises `error` at the n-th call that changes the disk (counted from 1), and at every later one."""
+    """Raises `error` at the n-th call that changes the disk (counted from 1), and at every later one unless `once`."""
 
     MUTATING = (
         "make_folder", "open_partial", "reserve", "write_at", "copy_range", "sync_data", "sync_folder", "rename",
         "write_file", "open_log", "append", "remove",
     )  # fmt: skip
 
-    def __init__(self, n: int, error: Callable[[], BaseException]) -> None:
+    def __init__(self, n: int, error: Callable[[], BaseException], once: bool = False) -> None:
         super().__init__()
-        self.left, self.error, self.calls = n, error, 0
+        self.n, self.error, self.once, self.calls, self.failed = n, error, once, 0, ""
+        self.counting = threading.Lock()
 
     def __getattribute__(self, name: str) -> Any:
         """Count the calls of everything that changes the disk."""
@@ -289,8 +301,11 @@ class FailingDisk(Disk):
             return found
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls >= self.left:
+            with self.counting:
+                self.calls += 1
+                fails = self.calls == self.n or (self.calls > self.n and not self.once)
+                self.failed = self.failed or (name if fails else "")
+            if fails:
                 raise self.error()
             return found(*args, **kwargs)
 
