@@ -234,16 +234,15 @@ def test_mtplx_counts_the_stored_head_of_its_layouts_as_present(tmp_path: Path) 
         assert artifacts.mtp_weights_present_on_disk(out)
 
 
-def kl(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Return KL(reference || logits) per position, in nats."""
+TOLERANCE = 2e-4
+"""Largest difference of logits in fp32 (golden/README.md, "Tolerances"); typical mistakes change them by 0.4 or more."""
 
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64)
-        x = x - x.max(axis=-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
-    p, q = log_softmax(reference), log_softmax(logits)
-    return (np.exp(p) * (p - q)).sum(axis=-1)
+def logits_agree(found: Any, reference: np.ndarray) -> None:
+    values = np.array(found)[0]
+    assert found.dtype == mx.float32 and values.shape == reference.shape
+    assert np.abs(values - reference).max() < TOLERANCE
+    assert np.array_equal(values.argmax(-1), reference.argmax(-1))
 
 
 @pytest.fixture(scope="module", params=s.CHECKPOINTS, ids=lambda p: p.parent.name)
@@ -254,34 +253,20 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return out, table
 
 
-@pytest.mark.parametrize("prompt", ["p1", "p2"])
-def test_mtplx_gives_the_reference_logits_of_backbone_and_head(
-    golden: tuple[Path, dict[str, np.ndarray]], prompt: str
-) -> None:
-    """Median KL of a bf16 run: 1e-3 at most (golden/README.md, "Tolerances")."""
+@pytest.mark.slow
+def test_hosts_give_the_reference_logits_of_backbone_and_head(golden: tuple[Path, dict[str, np.ndarray]]) -> None:
+    """One-shot prefill with a cache; weights as stored, activations in fp32, as the reference has it."""
     folder, table = golden
+    ids, after = mx.array(table["p1.input_ids"])[None], mx.array(table["p1.mtp_input_ids"])[None]
     model = mtplx_model(folder)
-    ids = mx.array(table[f"{prompt}.input_ids"])[None]
+    model.set_dtype(mx.float32)
     logits, hidden = model(ids, cache=model.make_cache(), return_hidden=True)
-    after = mx.array(table[f"{prompt}.mtp_input_ids"])[None]
-    drafts = model.mtp_forward(hidden, after, mtp_cache=model.make_mtp_cache())
-    for found, key in ((logits, "logits"), (drafts, "mtp_logits")):
-        reference = table[f"{prompt}.{key}"]
-        values = np.array(found.astype(mx.float32))[0]
-        assert np.median(kl(reference, values)) < 1e-3, key
-        assert (values.argmax(-1) == reference.argmax(-1)).mean() > 0.95, key
-
-
-@pytest.mark.parametrize("prompt", ["p1", "p2"])
-def test_mlx_vlm_gives_the_reference_logits_of_the_backbone(
-    golden: tuple[Path, dict[str, np.ndarray]], prompt: str
-) -> None:
-    folder, table = golden
-    model = vlm_model(folder)
-    ids = mx.array(table[f"{prompt}.input_ids"])[None]
-    language = model.language_model
-    logits = language(ids, cache=language.make_cache()).logits
-    reference = table[f"{prompt}.logits"]
-    values = np.array(logits.astype(mx.float32))[0]
-    assert np.median(kl(reference, values)) < 1e-3
-    assert (values.argmax(-1) == reference.argmax(-1)).mean() > 0.95
+    logits_agree(logits, table["p1.logits"])
+    logits_agree(model.mtp_forward(hidden, after, mtp_cache=model.make_mtp_cache()), table["p1.mtp_logits"])
+    draft = vlm_drafter(folder / "mtp")[0]
+    draft.set_dtype(mx.float32)
+    normed, _ = draft._forward_hidden(model.model.embed_tokens(after), hidden, after, draft.make_cache())
+    logits_agree(model.lm_head(normed), table["p1.mtp_logits"])
+    language = vlm_model(folder).language_model
+    language.set_dtype(mx.float32)
+    logits_agree(language(ids, cache=language.make_cache()).logits, table["p1.logits"])
