@@ -22,8 +22,11 @@ MAX_BYTES = 100_000_000
 
 
 def tool_version() -> str:
-    """Return the version of the installed package."""
-    return metadata.version("ds4convert")
+    """Return the version of the installed package, or `0+source` where it runs from a tree that is not installed."""
+    try:
+        return metadata.version("ds4convert")
+    except metadata.PackageNotFoundError:
+        return "0+source"
 
 
 def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, str | None]) -> bytes:
