@@ -6,7 +6,6 @@ the head under `mtp.N.`. Values are decoded with the tables of `formats`, not wi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ds4convert import strictjson
 from ds4convert.config import ModelConfig, parse_config
 from ds4convert.errors import HeaderError, InputError
 from ds4convert.folder import CONFIG_NAME, Checkpoint, need_config, open_file, read_checkpoint, resolve_inside
@@ -294,7 +294,7 @@ _DENSE = {BACKBONE: Storage("bf16", "bf16"), HEAD: Storage("bf16", "bf16")}
 def _drafter_table(drafter: Checkpoint | None) -> JSON:
     if drafter is None or drafter.config is None:
         return {}
-    table = json.loads(drafter.config)
+    table = strictjson.loads(drafter.config, f"mtp/{CONFIG_NAME}")
     found = table.get("quantization") if isinstance(table, dict) else None
     return found if isinstance(found, dict) else {}
 
