@@ -17,7 +17,12 @@ from ds4convert.strictjson import show
 
 MAX_CONFIG_BYTES = 16_000_000
 MAX_DIM = 1 << 24
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 250_000
+"""Tensors that are expected or read at most: Pro has 147 thousand, and each takes about half a KB of memory."""
+
+BLOCK_TENSORS = 64
+"""More than a block has beside those of its routed experts."""
+
 DEFAULT_TILE = (128, 128)
 
 
@@ -75,7 +80,7 @@ def check_config(table: Mapping[str, Any], where: str = "config.json", is_mlx: b
     ratios = _ratios(family, table, layers, stages, hint, where)
     if hash_layers > layers:
         raise ConfigError(f"{where}: {keys['hash_layers']} is {hash_layers}, more than the {layers} layers")
-    if (layers + stages) * dims["E"] * 6 > MAX_TENSORS:
+    if count_bound(layers + stages, dims) > MAX_TENSORS:
         raise ConfigError(f"{where}: {layers} layers of {dims['E']} experts is more than this tool handles")
     if dims["H"] * dims["d"] % dims["G"]:
         raise ConfigError(f"{where}: o_groups {dims['G']} does not divide {dims['H']} heads of {dims['d']}")
@@ -93,6 +98,11 @@ def check_config(table: Mapping[str, Any], where: str = "config.json", is_mlx: b
         tile,
         hint,
     )
+
+
+def count_bound(blocks: int, dims: Mapping[str, int]) -> int:
+    """Return a number that `blocks` blocks of such a model do not exceed in tensors."""
+    return blocks * (dims["E"] * 6 + BLOCK_TENSORS)
 
 
 def named_config(name: str) -> bytes | None:
@@ -159,7 +169,7 @@ def _ratios(
 
 def _expert_dtype(table: Mapping[str, Any], where: str) -> str | None:
     value = table.get("expert_dtype")
-    if value not in {None, "fp4", "fp8", "bf16"}:
+    if value not in (None, "fp4", "fp8", "bf16"):
         raise ConfigError(f"{where}: expert_dtype is {show(repr(value))}, expected fp4, fp8, bf16 or nothing")
     return value if value is None else str(value)
 

@@ -1,6 +1,6 @@
 """Carries out a plan: read range, transform, write at offset, hash, journal. Decides nothing.
 
-Memory: a worker holds a few pieces of 4 MB, whatever the size of a tensor or a model. Each worker writes one file from
+Memory: a worker holds a few megabytes, whatever the size of a tensor or a model. Each worker writes one file from
 front to back, so that its sha256 comes from the bytes as they pass; hashing, and syncing finished batches to the
 disk, each have a thread of their own.
 """
@@ -28,7 +28,7 @@ from ds4convert.types import ByteRange, OutputFile, Plan, Step
 BATCH_BYTES = 256 << 20
 """Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
 
-BUFFERS = 6
+BUFFERS = 8
 """Pieces of one worker that may be in flight between reading and hashing."""
 
 Progress = Callable[[int], None]
@@ -109,7 +109,7 @@ class Buffers:
     """A fixed set of reusable buffers: the bound on a worker's memory, and its back-pressure."""
 
     def __init__(self, count: int, stop: threading.Event) -> None:
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[bytearray] = queue.LifoQueue()  # the last used is still in the cache
         self._stop = stop
         for _ in range(count):
             self._free.put(bytearray(CHUNK_BYTES))

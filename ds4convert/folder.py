@@ -6,6 +6,7 @@ own links from `snapshots/REV/` to `blobs/` are known and allowed), named by the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds4convert import headers
+from ds4convert.config import MAX_TENSORS
 from ds4convert.errors import ConfigError, EnvironmentFault, HeaderError, InputError
 from ds4convert.strictjson import show
 from ds4convert.types import Header, SourceFile, TensorInfo
@@ -22,6 +24,9 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 MAX_SMALL_BYTES = 100_000_000
 MAX_FILES = 10_000
+_NO_PLAIN_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO}
+"""Errors of opening that say what the name stands for, not that the machine failed: loops of links, sockets."""
+
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ def open_file(path: Path, name: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise HeaderError(f"{name}: the file is missing; download it again") from None
-    except IsADirectoryError:
-        raise HeaderError(f"{name}: is a folder, expected a file") from None
     except OSError as e:
+        if e.errno in _NO_PLAIN_FILE:
+            raise HeaderError(f"{show(name)}: is not a regular file: {e.strerror}") from None
         raise EnvironmentFault(f"{name}: cannot be opened: {e.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -128,7 +133,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{show(str(path))}: holds no .safetensors file; is this a checkpoint folder?")
     if len(names) > MAX_FILES:
         raise InputError(f"{show(str(path))}: names {len(names)} files, expected at most {MAX_FILES}")
-    read = [read_header(resolve_inside(path, name), name, at) for at, name in enumerate(names)]
+    read: list[tuple[SourceFile, Header]] = []
+    count = 0
+    for at, name in enumerate(names):
+        read.append(read_header(resolve_inside(path, name), name, at))
+        count += len(read[-1][1].tensors)
+        if count > MAX_TENSORS:
+            raise HeaderError(f"{name}: with it there are {count} tensors, expected at most {MAX_TENSORS}")
     found = Checkpoint(path, tuple(s for s, _ in read), tuple(h for _, h in read), _config(path), index is not None)
     _check_placement(found, index)
     return found

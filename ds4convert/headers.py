@@ -22,6 +22,10 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 
 MAX_DIMENSION = 1 << 48
+MAX_DIMENSIONS = 16
+"""Axes of one tensor; without a bound, the product of a shape from a hostile header takes minutes."""
+
+MAX_OFFSET = 1 << 63
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -83,20 +87,28 @@ def _tensor(name: str, entry: Any, data_start: int, where: str, file: int) -> Te
     width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
     if width is None:
         raise HeaderError(f"{where}: {show(name)}: unknown dtype {show(str(dtype))!r}")
+    if isinstance(shape, list) and len(shape) > MAX_DIMENSIONS:
+        raise HeaderError(f"{where}: {show(name)}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape):
         raise HeaderError(
             f"{where}: {show(name)}: shape {show(str(shape))} must be whole numbers from 0 to {MAX_DIMENSION}"
         )
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)):
-        raise HeaderError(f"{where}: {show(name)}: data_offsets must be two whole numbers")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_offset(n) for n in offsets)):
+        raise HeaderError(
+            f"{where}: {show(name)}: data_offsets {show(str(offsets))} must be two whole numbers from 0 to {MAX_OFFSET}"
+        )
     begin, end = offsets
     size = math.prod(shape) * width
-    if begin < 0 or end - begin != size:
+    if end - begin != size:
         raise HeaderError(
             f"{where}: {show(name)}: {dtype} {shape} takes {size} bytes, but data_offsets "
             f"{begin}..{end} span {end - begin}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, size)
+
+
+def _is_offset(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_OFFSET
 
 
 def _check_tiling(tensors: list[TensorInfo], data_start: int, data_size: int, where: str) -> None:
@@ -143,6 +155,8 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: has no weight_map that maps tensors to files")
+    if wrong := next((k for k, v in weight_map.items() if not isinstance(v, str)), None):
+        raise HeaderError(f"{where}: {show(wrong)}: weight_map gives {show(str(weight_map[wrong]))}, expected a file name")
     for name in dict.fromkeys(weight_map.values()):
         check_file_name(name, where)
     return weight_map
@@ -153,5 +167,5 @@ def check_file_name(name: Any, where: str) -> None:
     path = PurePosixPath(name) if isinstance(name, str) else None
     if path is None or not name or not name.isprintable() or "\\" in name:
         raise HeaderError(f"{where}: {show(str(name))!r} is not a file name")
-    if path.is_absolute() or len(path.parts) != 1 or name in {".", ".."} or not name.endswith(".safetensors"):
+    if path.parts != (name,) or name in {".", ".."} or not name.endswith(".safetensors"):
         raise HeaderError(f"{where}: names the file {show(name)!r}; expected a .safetensors file in the same folder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ds4convert.config import ModelConfig
+from ds4convert.config import MAX_TENSORS, ModelConfig, count_bound
 from ds4convert.errors import InventoryError
 from ds4convert.family import Family, Fused, HeadKind, Row, Speller, evaluate
 from ds4convert.types import Finding, TensorInfo
@@ -152,6 +152,10 @@ def _fused_specs(module: Module) -> Iterator[TensorSpec]:
     place = (module.role, module.part, module.block)
     yield TensorSpec(name, (module.experts, parts * rows, *rest), dtypes, *place)
     if module.has_scale:
+        if module.store == "fp8" and parts > 1 and rows % module.tile[0]:
+            raise InventoryError(
+                f"{name}: a tile of {module.tile[0]} rows spans two matrices of {rows} rows each; this is not supported"
+            )
         rows, cols = module.scale_shape()
         shape = (module.experts, parts * rows, cols)
         yield TensorSpec(name + module.fused_scale, shape, ("F8_E8M0",), *place)
@@ -228,7 +232,10 @@ def _head_kind(config: ModelConfig, found: Mapping[str, TensorInfo]) -> tuple[st
     missing = [k for k in head.config_keys if k not in config.raw]
     if missing:
         raise InventoryError(f"the tensors are a {head.title}, but config.json lacks {', '.join(missing)}")
-    return head.name, 1 + max((int(n) for n in numbers if n.isdigit() and len(n) < 4), default=0)
+    stages = 1 + max((int(n) for n in numbers if n.isascii() and n.isdigit() and len(n) < 4), default=0)
+    if count_bound(config.layers + stages, config.dims) > MAX_TENSORS:
+        raise InventoryError(f"the tensors under mtp.* name {stages} head stages, which is more than this tool handles")
+    return head.name, stages
 
 
 def _storage(config: ModelConfig, found: Mapping[str, TensorInfo], prefix: str) -> Storage:

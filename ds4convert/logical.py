@@ -233,10 +233,14 @@ class MlxFolder:
 
 
 def is_mlx(checkpoint: Checkpoint) -> bool:
-    """Return whether a folder is in MLX's spelling: stacked experts, or the module names that only it has."""
-    signs = ("model.layers.0.ffn.switch_mlp.", "model.layers.0.attn_hc.", "model.hc_head.")
-    names = {t.name for t in checkpoint.tensors()}
-    return "lm_head.weight" in names and any(n.startswith(signs) and "hc_head.hc" not in n for n in names)
+    """Return whether a folder is in MLX's spelling: it alone stacks experts under `switch_mlp`, or names hc_head so.
+
+    The Transformers namespace shares `model.layers.N.attn_hc.` and `lm_head` with it, so these tell nothing.
+    """
+    return any(_MLX_ONLY in t.name or t.name in _MLX_ROOT for t in checkpoint.tensors())
+
+
+_MLX_ONLY, _MLX_ROOT = ".ffn.switch_mlp.", {"model.hc_head.fn", "model.hc_head.base", "model.hc_head.scale"}
 
 
 def read_mlx(path: Path) -> MlxFolder:
@@ -379,7 +383,7 @@ def _mlx_logical(
     scale = pool.get(f"{prefix}.scales") if module.is_module else None
     if scale is not None and not mode:
         findings.append(Finding("missing", f"{prefix} in the quantization table", "an entry", "nothing"))
-        mode = {2 * cols: "mxfp8"}.get(info.shape[-1] * 8, "mxfp4" if info.shape[-1] * 8 == cols else "mxfp8")
+        mode = "mxfp4" if info.shape and info.shape[-1] * 8 == cols else "mxfp8"
     wanted = [(info, *_wanted_weight(module, shape, mode if scale else ""))]
     if scale is not None:
         wanted.append((scale, (*shape[:-1], cols // blocks.MX_GROUP), ("U8",)))

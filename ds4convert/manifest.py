@@ -18,7 +18,7 @@ from ds4convert.types import JSON, Plan, Step
 
 MANIFEST_NAME = "ds4convert_manifest.json"
 VERSION = 1
-MAX_BYTES = 400_000_000
+MAX_BYTES = 100_000_000
 
 
 def tool_version() -> str:
@@ -102,4 +102,10 @@ def _well_formed(table: JSON) -> bool:
     records = all(
         isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in _RECORD.items()) for r in table["tensors"]
     )
-    return records and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in table["files"])
+    told = all(isinstance(x, dict) and isinstance(x.get("tensor"), str) for x in table["left_out"])
+    sources = records and all(isinstance(n, str) for r in table["tensors"] for n in r["sources"])
+    parts = all(isinstance(table.get(k, {}), dict) for k in ("head", "source", "tool"))
+    headers = parts and table.get("source", {}).get("files", [])
+    known = isinstance(headers, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in headers)
+    files = all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in table["files"])
+    return told and sources and parts and known and files

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds4convert import headers, strictjson
-from ds4convert.errors import ConfigError, InputError, InventoryError
+from ds4convert.errors import ConfigError, InventoryError, UsageError
 from ds4convert.formats import ENCODERS, Encoding, Part
 from ds4convert.inventory import (
     BACKBONE,
@@ -376,7 +376,7 @@ def output_bytes(plan: Plan) -> int:
 
 
 def check_limit(value: int) -> int:
-    """Return `value` as a shard size. Raises `InputError` below 1 MB, which would make thousands of files."""
+    """Return `value` as a shard size. Raises `UsageError` below 1 MB, which would make thousands of files."""
     if value < 1_000_000:
-        raise InputError(f"a shard size of {value} bytes is too small; expected at least 1MB")
+        raise UsageError(f"a shard size of {value} bytes is too small; expected at least 1MB")
     return value

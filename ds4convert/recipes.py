@@ -63,7 +63,7 @@ def check_format(name: Any, error: type[Exception] = UsageError) -> str:
 def _parse(raw: str, where: str) -> Recipe:
     try:
         table = tomllib.loads(raw)
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise InputError(f"{where}: not valid TOML: {e}") from None
     formats = table.get("formats")
     unknown = sorted(set(table) - {"name", "description", "formats"})

@@ -1,19 +1,23 @@
 """JSON from strangers: parsed with every ambiguity refused.
 
-Owns the bounds under which untrusted JSON is parsed (size, number of values, no duplicate keys, valid UTF-8,
-no NaN literals, bounded nesting). Refuses rather than repairs. Does no I/O.
+Owns the bounds under which untrusted JSON is parsed (memory, no duplicate keys, valid UTF-8, no NaN or infinite
+numbers, no lone surrogates, bounded nesting). Refuses rather than repairs. Does no I/O.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, NoReturn
 
 from ds4convert.errors import InputError
 
-MAX_VALUES = 2_500_000
-"""More values than the header of any known model in one file (Pro: about 1.3 million), and a bound on memory."""
+MAX_PARSED_BYTES = 240_000_000
+"""Bound on the memory that parsing may take. The header of Pro in one file, the largest known, needs 220 million."""
+
+TEXT_COPIES, VALUE_BYTES, KEY_BYTES = 3, 50, 180
+"""What parsing holds: the text as bytes, as characters and as values; then per value and per key (measured)."""
 
 ASCII_ABOVE_BYTES = 16_000_000
 """A text with one wide character takes four bytes for each; larger documents have to be plain ASCII."""
@@ -22,8 +26,8 @@ ASCII_ABOVE_BYTES = 16_000_000
 def loads(raw: bytes, where: str, error: type[InputError] = InputError) -> Any:
     """Return the value of the JSON text `raw`; `where` names its origin in messages.
 
-    Raises `error` on invalid UTF-8, invalid JSON, duplicate keys, NaN or Infinity literals, lone surrogates in
-    keys, too many values or too deep nesting.
+    Raises `error` on invalid UTF-8, invalid JSON, duplicate keys, NaN or infinite numbers, lone surrogates, more
+    values than the memory bound allows, or too deep nesting.
     """
 
     def fail(why: str) -> NoReturn:
@@ -42,23 +46,46 @@ def loads(raw: bytes, where: str, error: type[InputError] = InputError) -> Any:
     def constant(literal: str) -> NoReturn:
         fail(f"{literal} is not JSON")
 
+    def number(literal: str) -> float:
+        value = float(literal)
+        if not math.isfinite(value):
+            fail(f"the number {show(literal)} is too large")
+        return value
+
     if len(raw) > ASCII_ABOVE_BYTES and not raw.isascii():
         fail(f"{len(raw)} bytes of JSON with non-ASCII text; this large, only ASCII is accepted")
-    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if values > MAX_VALUES:
-        fail(f"{values} JSON values, expected at most {MAX_VALUES}")
+    values, keys = raw.count(b",") + raw.count(b"[") + raw.count(b"{"), raw.count(b":")
+    if TEXT_COPIES * len(raw) + VALUE_BYTES * values + KEY_BYTES * keys > MAX_PARSED_BYTES:
+        fail(f"{len(raw)} bytes of JSON with about {values} values and {keys} keys is more than any known model needs")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         fail(f"not valid UTF-8 at byte {e.start}")
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
     except json.JSONDecodeError as e:
         fail(f"not valid JSON: {e.msg} at character {e.pos}")
     except RecursionError:
         fail("not valid JSON: nested too deeply")
     except ValueError as e:  # an integer of more digits than Python converts
         fail(f"not acceptable JSON: {e}")
+    if b"\\u" in raw and (lone := _lone_surrogate(value)):
+        fail(f"the text {show(lone)} holds half of a surrogate pair")
+    return value
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """Return a text anywhere in `value` that UTF-8 cannot encode, or None."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str) and any("\ud800" <= c <= "\udfff" for c in item):
+            return item
+        if isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+    return None
 
 
 def dumps(value: Any) -> bytes:

@@ -71,6 +71,9 @@ def _bf16(module: Module) -> Encoding:
     """Dequantized to BF16, exactly as the official code defines it (rounded where BF16 has no such value)."""
     if not module.has_scale:
         return _plain(module)
+    rows, cols = module.shape
+    if module.store == "fp4" and cols % FP4_GROUP:
+        raise InputError(f"{module.weight_name()}: [{rows}, {cols}] in FP4 has no whole groups of {FP4_GROUP} columns")
     transform = {"fp4": "fp4_to_bf16", "fp8": "fp8_to_bf16"}[module.store]
     shape = _stacked(module, *module.shape)
     part = Part("weight", "BF16", shape, transform, ("weight", "scale"), _geometry(module))
