@@ -156,7 +156,9 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: has no weight_map that maps tensors to files")
     if wrong := next((k for k, v in weight_map.items() if not isinstance(v, str)), None):
-        raise HeaderError(f"{where}: {show(wrong)}: weight_map gives {show(str(weight_map[wrong]))}, expected a file name")
+        raise HeaderError(
+            f"{where}: {show(wrong)}: weight_map gives {show(str(weight_map[wrong]))}, expected a file name"
+        )
     for name in dict.fromkeys(weight_map.values()):
         check_file_name(name, where)
     return weight_map

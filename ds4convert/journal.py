@@ -59,6 +59,12 @@ def other_plan(state: Path) -> dict[str, Any] | None:
     return None
 
 
+def is_of(state: Path, plan: Plan) -> bool:
+    """Return whether `state` is what an unfinished run of this very plan left."""
+    found = None if state.is_symlink() else other_plan(state)
+    return found is not None and found.get("plan") == plan.id
+
+
 def check_same_plan(state: Path, plan: Plan) -> None:
     """Raise `OutputError` when the unfinished run in this folder followed another plan, saying what differs."""
     found, ours = other_plan(state), summary(plan)

@@ -122,7 +122,9 @@ def config_of(name: str = "tiny") -> dict[str, Any]:
     return json.loads(raw)
 
 
-def tiny(out: Path, layers: int | None = None, experts: int | None = None, head: str | None = None, **keys: Any) -> Path:
+def tiny(
+    out: Path, layers: int | None = None, experts: int | None = None, head: str | None = None, **keys: Any
+) -> Path:
     """Write a tiny synthetic checkpoint; `keys` replace keys of its config."""
     synth.write(synth.shrink(config_of() | keys, layers, experts, head), out)
     return out
@@ -187,7 +189,9 @@ def e4m3(codes: np.ndarray) -> np.ndarray:
         if exponent == 15 and mantissa == 7:
             table.append(math.nan)
         else:
-            table.append(sign * (2.0**-6 * mantissa / 8 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)))
+            table.append(
+                sign * (2.0**-6 * mantissa / 8 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8))
+            )
     return np.array(table, np.float32)[codes]
 
 

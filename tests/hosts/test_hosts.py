@@ -191,7 +191,9 @@ def test_mlx_vlm_loads_a_dspark_drafter_with_the_source_values(
     assert_same(seen(model), dspark_drafter(values))
 
 
-def test_the_confidence_head_of_a_dspark_drafter_is_kept_although_mlx_vlm_drops_it(dspark: Path, tmp_path: Path) -> None:
+def test_the_confidence_head_of_a_dspark_drafter_is_kept_although_mlx_vlm_drops_it(
+    dspark: Path, tmp_path: Path
+) -> None:
     for layout in ("inline", "vlm"):
         out = tmp_path / layout
         s.run(dspark, out, layout=layout)
@@ -246,7 +248,9 @@ def logits_agree(found: Any, reference: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module", params=s.CHECKPOINTS, ids=lambda p: p.parent.name)
-def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def golden(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("golden") / "mlx"
     s.run(request.param, out, layout="universal")
     table = {t.name: t.raw() for t in s.stored(request.param.parent, "golden.safetensors").values()}

@@ -32,9 +32,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", ["inline", "universal"])
 @pytest.mark.parametrize("hashing", [True, False])
-def test_the_number_of_workers_does_not_change_a_byte(
-    source: Path, layout: str, hashing: bool, tmp_path: Path
-) -> None:
+def test_the_number_of_workers_does_not_change_a_byte(source: Path, layout: str, hashing: bool, tmp_path: Path) -> None:
     seen = []
     for jobs in (1, 2, 7):
         out = tmp_path / str(jobs)
