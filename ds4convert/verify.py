@@ -217,6 +217,7 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     try:
         record = manifest.read(path)
         folder = logical.read_mlx(path)
+        views = _views(folder)
     except InputError as e:
         return [Check("values", False, f"cannot be compared with the source: {e}")]
     checks = []
@@ -224,7 +225,7 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
         checks.append(Check("source headers", *_same_source(record, opened)))
         checks.append(Check("left out", *_left_out(record, opened)))
     wanted = logical.source_view(opened.checkpoint, opened.inventory, opened.named)
-    for name, view in _views(folder):
+    for name, view in views:
         ours = _without_head(wanted) if folder.head_kind == "none" else wanted
         if name:
             ours = logical.View(
