@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -540,21 +541,35 @@ def test_wrong_usage_ends_with_code_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_folder_is_a_fault_of_the_environment(mini_source: Path) -> None:
-    """As an ordinary user, also where the tests run as root, who may write anywhere."""
-    nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+@contextlib.contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Drop the right to write anywhere, where the tests run as root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_an_unwritable_folder_and_an_unreadable_file_are_faults_of_the_environment(mini_source: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         copy = support.copy_folder(mini_source, folder / "source")
+        assert run("plan", copy).code == 0  # and all modules are loaded
         (folder / "locked").mkdir(mode=0o555)
-        result = run_process("quantize", copy, folder / "locked" / "out", **nobody)
+        (copy / "tokenizer.json").write_text("{}")
+        with ordinary_user():
+            result = run("quantize", copy, folder / "locked" / "out")
         assert_refused(result, "locked", "Permission denied", "run the same command again", code=4)
         assert list((folder / "locked").iterdir()) == []
         (copy / LAYER_1).chmod(0)
-        if nobody:
-            result = run_process("inspect", copy, **nobody)
-            assert_refused(result, f"{LAYER_1}: cannot be opened: Permission denied", code=4)
+        with ordinary_user():
+            result = run("inspect", copy)
+        assert_refused(result, f"{LAYER_1}: cannot be opened: Permission denied", code=4)
 
 
 def test_a_disk_without_room_is_a_fault_of_the_environment_before_anything_is_written(mini_source: Path) -> None:
