@@ -99,7 +99,7 @@ def encode(rng: random.Random, value: Any) -> bytes:
     if rng.random() < 0.05 and '":' in text:
         at = text.index('":')
         start = text.rindex('"', 0, at)
-        text = f"{text[:start]}{text[start:at]}\": 0, {text[start:]}"
+        text = f'{text[:start]}{text[start:at]}": 0, {text[start:]}'
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -121,7 +121,11 @@ def damage_header(rng: random.Random, folder: Path) -> None:
     elif kind < 0.8:
         replace(path, frame(mutate_bytes(rng, header), data))
     elif kind < 0.9:
-        replace(path, rng.choice([0, 1, length - 1, length + 1, 2**26, 2**27, 2**63, 2**64 - 1, len(raw)]).to_bytes(8, "little") + raw[8:])
+        replace(
+            path,
+            rng.choice([0, 1, length - 1, length + 1, 2**26, 2**27, 2**63, 2**64 - 1, len(raw)]).to_bytes(8, "little")
+            + raw[8:],
+        )
     else:
         replace(path, raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.7 else raw + rng.randbytes(5))
 

@@ -84,7 +84,9 @@ def test_a_clean_checkpoint_passes_so_that_refusals_mean_something(clean: Path, 
 
 
 @pytest.mark.parametrize("part", range(6))
-def test_three_hundred_damaged_checkpoints_are_refused_or_converted_right(part: int, clean: Path, tmp_path: Path) -> None:
+def test_three_hundred_damaged_checkpoints_are_refused_or_converted_right(
+    part: int, clean: Path, tmp_path: Path
+) -> None:
     codes = fuzz_range(range(part * 50, part * 50 + 50), clean, tmp_path)
     assert codes[3] > 25 and codes.total() == 50
 
@@ -94,7 +96,9 @@ def test_ten_thousand_damaged_checkpoints_are_refused_or_converted_right(clean: 
     start = int(os.environ.get("DS4_FUZZ_START", "1000"))
     codes = fuzz_range(range(start, start + NIGHTLY_CASES), clean, tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"\n{codes.total()} cases from seed {start}: {codes[3]} refused, {codes[0]} converted and verified; peak {peak} MB")
+    print(
+        f"\n{codes.total()} cases from seed {start}: {codes[3]} refused, {codes[0]} converted and verified; peak {peak} MB"
+    )
     assert codes.total() == NIGHTLY_CASES >= 10_000
 
 
@@ -168,7 +172,9 @@ def write_giant(kind: str, folder: Path) -> None:
     elif kind == "as many short texts as are accepted":
         shard.write_bytes(frame(b'{"a":[' + b",".join(b'"%07d"' % i for i in range(2_800_000)) + b"]}"))
     elif kind == "a shape of a million axes":
-        shard.write_bytes(frame(b'{"a":{"dtype":"I8","shape":[' + b"281474976710655," * 1_000_000 + b'1],"data_offsets":[0,1]}}'))
+        shard.write_bytes(
+            frame(b'{"a":{"dtype":"I8","shape":[' + b"281474976710655," * 1_000_000 + b'1],"data_offsets":[0,1]}}')
+        )
     elif kind == "150,000 valid tensors":
         entries = b",".join(b'"t%06d":' % i + one % (i, i + 1) for i in range(150_000))
         shard.write_bytes(frame(b"{" + entries + b"}", bytes(150_000)))

@@ -339,7 +339,7 @@ def test_copies_of_embedding_and_output_under_the_head_are_left_out_with_the_rea
     config = mini_config()
     plain = support.write_synth(tmp_path / "s", config)
     tensors = support.read_folder(plain)
-    extra = {n: tensors["embed.weight"] for n in COPIES}
+    extra = dict.fromkeys(COPIES, tensors["embed.weight"])
     source = support.write_folder(tmp_path / "t", tensors | extra, config)
     facts = converted(source, tmp_path / "b")
     told = {x["tensor"]: x["why"] for x in facts["left_out"]}

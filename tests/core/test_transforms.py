@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ class Source:
     def put(self, data: bytes, cuts: int = 1) -> tuple[ByteRange, ...]:
         marks = sorted({0, len(data), *(int(m) for m in self._rng.integers(0, len(data) + 1, cuts - 1))})
         out = []
-        for low, high in zip(marks, marks[1:], strict=False):
+        for low, high in itertools.pairwise(marks):
             front = int(self._rng.integers(0, 50))
             self.files.append(b"\xff" * front + data[low:high] + b"\xff" * 3)
             out.append(ByteRange(len(self.files) - 1, front, high - low))
