@@ -45,9 +45,13 @@ class Outcome:
 
 def open_source(path: Path) -> Source:
     """Return the source checkpoint at `path`, read and recognised, not yet compared with what its config implies."""
-    checkpoint = read_checkpoint(path)
     if path.is_file():
         raise InputError(f"{path}: a single file cannot be converted; name the checkpoint folder")
+    return recognised(read_checkpoint(path))
+
+
+def recognised(checkpoint: Checkpoint) -> Source:
+    """Return a checkpoint whose headers have been read as a source: official names, kind of head, storage."""
     config = configs.parse_config(need_config(checkpoint))
     named = name_tensors(config.family, checkpoint.tensors())
     return Source(checkpoint, recognise(config, named.tensors), named)

@@ -109,8 +109,8 @@ def inspect(path: Path) -> Inspection:
     if checkpoint.config is None:
         return _plain(checkpoint, "no config.json: there is nothing to compare the tensors with")
     if logical.is_mlx(checkpoint):
-        return _mlx(path)
-    return _source(convert.open_source(path))
+        return _mlx(path, checkpoint)
+    return _source(convert.recognised(checkpoint))
 
 
 def inspect_config(raw: bytes, where: str) -> Inspection:
@@ -157,8 +157,8 @@ def _source(source: convert.Source) -> Inspection:
     )
 
 
-def _mlx(path: Path) -> Inspection:
-    folder = logical.read_mlx(path)
+def _mlx(path: Path, checkpoint: Checkpoint) -> Inspection:
+    folder = logical.read_mlx(path, checkpoint)
     problems = list(folder.findings)
     stages = folder.config.stages
     if stages and folder.head_kind == "none":
@@ -212,9 +212,9 @@ def view_of(path: Path) -> logical.View:
     if path.is_file() or checkpoint.config is None:
         return logical.plain_view(checkpoint)
     if logical.is_mlx(checkpoint):
-        return logical.read_mlx(path).view
+        return logical.read_mlx(path, checkpoint).view
     try:
-        source = convert.open_source(path)
+        source = convert.recognised(checkpoint)
     except ConfigError as e:
         raise InputError(str(e)) from e
     return logical.source_view(source.checkpoint, source.inventory, source.named)
