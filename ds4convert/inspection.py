@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ds4convert import config as configs
 from ds4convert import convert, logical, manifest
-from ds4convert.errors import ConfigError, InputError
 from ds4convert.folder import Checkpoint, read_checkpoint
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inventory import HEAD, Inventory, TensorSpec, compare, expected
@@ -213,8 +212,5 @@ def view_of(path: Path) -> logical.View:
         return logical.plain_view(checkpoint)
     if logical.is_mlx(checkpoint):
         return logical.read_mlx(path, checkpoint).view
-    try:
-        source = convert.recognised(checkpoint)
-    except ConfigError as e:
-        raise InputError(str(e)) from e
+    source = convert.recognised(checkpoint)
     return logical.source_view(source.checkpoint, source.inventory, source.named)
