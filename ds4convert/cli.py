@@ -152,7 +152,16 @@ def _options(
     if mtp and not keep_mtp:
         raise UsageError("--mtp FORMAT and --drop-mtp contradict each other")
     chosen = recipe_of(recipe).overridden(backbone, experts, mtp)
-    return Options(chosen, layout_of(layout), keep_mtp, check_limit(max_shard_size), hashing)
+    place = layout_of(layout)
+    source = _model_source() if place.model_file else b""
+    return Options(chosen, place, keep_mtp, check_limit(max_shard_size), hashing, source)
+
+
+def _model_source() -> bytes:
+    """Return the text of the model file: the one thing of `inference/` that a converted folder can hold."""
+    from ds4convert.inference.single_file import single_file_source
+
+    return single_file_source().encode()
 
 
 def _config_bytes(name: str) -> bytes:
@@ -217,7 +226,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
 
 
 def _planned(src: str | None, config: str | None, options: Options) -> tuple[Source | None, Plan]:
-    from ds4convert import convert, summary
+    from ds4convert import convert, sidefiles, summary
     from ds4convert import plan as plans
     from ds4convert.config import parse_config
     from ds4convert.inventory import expected
@@ -227,7 +236,8 @@ def _planned(src: str | None, config: str | None, options: Options) -> tuple[Sou
         return source, convert.make_plan(source, options)
     inventory = expected(parse_config(_config_bytes(config), config))
     named, files = summary.imagined(inventory)
-    return None, plans.build(inventory, named, files, options, plans.SideFiles({}, ()))
+    side = plans.SideFiles({}, (), sidefiles.template(inventory.config.family.name))
+    return None, plans.build(inventory, named, files, options, side)
 
 
 @cli.command()
