@@ -40,6 +40,10 @@ class Session:
         if not self.quiet:
             click.echo(text, err=True)
 
+    def warn(self, text: str) -> None:
+        """Say on standard error what the user has to know, even with --quiet."""
+        click.echo(f"Warning: {text}", err=True)
+
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
         """Yield a callback for numbers of bytes; shows a bar on a terminal."""
@@ -347,6 +351,68 @@ def diff(session: Session, a: str, b: str, jobs: int) -> int:
         facts = compare.summarise(compare.compare_views(first, second, jobs, progress))
     session.emit(facts, report.differences(facts))
     return 1 if facts["changed"] or facts["only_a"] or facts["only_b"] else 0
+
+
+def generation_options(f: F) -> F:
+    """Add the options of `generate`."""
+    options = [
+        click.option("--prompt", metavar="TEXT", help="The prompt; - reads it from standard input."),
+        click.option("--prompt-ids", metavar="1,2,3", help="Token ids as prompt; prints ids. Needs no tokenizer."),
+        click.option("--mtp", is_flag=True, help="Decode with the MTP head. [default: without]"),
+        click.option("--draft-depth", type=click.IntRange(1, 8), default=1, show_default=True, help="Drafts per pass."),
+        click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Most new tokens."),
+        click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Likeliest share; 1 is off."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Likeliest tokens; 0 is off."),
+        click.option("--min-p", type=float, default=0.0, show_default=True, help="Share of the likeliest; 0 is off."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Equal seeds draw equal tokens."),
+        click.option("--chat/--raw", default=None, help="The prompt as a message of a chat, or as it is. [default: "
+                     "chat where the folder has a chat template, as mlx-lm does it]"),
+        click.option("--thinking/--no-thinking", default=True, show_default=True, help="Chat with reasoning."),
+        click.option("--system", metavar="TEXT", help="The system message of the chat."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
+                     help="Precision of the computation."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def _standard_input() -> str:
+    try:
+        return click.get_binary_stream("stdin").read().decode()
+    except UnicodeDecodeError as e:
+        raise UsageError(f"the prompt on standard input is not UTF-8 text: {e}") from None
+
+
+@cli.command()
+@click.argument("mlx_dir")
+@generation_options
+@common()
+def generate(session: Session, mlx_dir: str, prompt: str | None, prompt_ids: str | None, **choices: Any) -> None:
+    """Continue a prompt with a converted model: text on standard output as it comes, figures on standard error.
+
+    With --mtp the head drafts and the backbone verifies; the text is distributed as without it, and equal when
+    greedy (exactly so in float32). Without a head, --mtp is a warning and decoding goes on without it.
+
+    \b
+    Example: ds4convert generate DeepSeek-V4-Flash-mlx --prompt "Why is the sky blue?" --mtp
+             ds4convert generate DeepSeek-V4-Flash-mlx --raw --prompt "Once upon a time" --temp 0.7 --seed 1
+             ds4convert generate DeepSeek-V4-Flash-mlx --prompt-ids 0,128,7 --max-tokens 20 --json
+    """
+    from ds4convert import generation, report
+
+    text = _standard_input() if prompt == "-" else prompt
+    ids = generation.parse_ids(prompt_ids) if prompt_ids is not None else None
+    running = generation.prepare(_local(mlx_dir), generation.Request(text, ids, **choices), session.warn)
+    if session.verbose and running.text is not None:
+        session.note(f"prompt: {running.text!r}")
+    for piece in running.pieces():
+        if not session.as_json:
+            click.echo(piece, nl=False)
+    facts = running.facts()
+    session.emit(facts, "")
+    session.note(report.generation(facts))
 
 
 @cli.command()
