@@ -380,7 +380,7 @@ def generation_options(f: F) -> F:
 
 def _standard_input() -> str:
     try:
-        return click.get_binary_stream("stdin").read().decode()
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as e:
         raise UsageError(f"the prompt on standard input is not UTF-8 text: {e}") from None
 
