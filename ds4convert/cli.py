@@ -378,7 +378,9 @@ def synth(
 @click.argument("folder", type=PATH, default=Path("ds4convert-demo"), metavar="[DIR]")
 @common()
 def demo(session: Session, folder: Path) -> int:
-    """Run the whole chain on a tiny checkpoint: synth, inspect, quantize, verify, diff.
+    """Run the whole chain on the trained checkpoint that comes along: inspect, quantize, verify, diff, generate.
+
+    DIR (default: ds4convert-demo) is new or of an earlier demo; what is finished in it is not done again.
 
     \b
     Example: ds4convert demo
