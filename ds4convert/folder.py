@@ -28,7 +28,6 @@ _NO_PLAIN_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO}
 """Errors of opening that say what the name stands for, not that the machine failed: loops of links, sockets."""
 
 
-
 @dataclass(frozen=True)
 class Checkpoint:
     """All headers of a checkpoint. `TensorInfo.file` indexes `files`; `config` is the raw config.json, if any."""

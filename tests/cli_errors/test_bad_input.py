@@ -295,8 +295,12 @@ def test_a_nan_stops_the_run_by_tensor_and_index_and_the_result_stays_unfinished
 
 
 def test_an_expert_number_out_of_range_in_tid2eid_stops_the_run(source: Path, tmp_path: Path) -> None:
-    tensors(lambda t: setattr(t["layers.0.ffn.gate.tid2eid"], "data", b"\x03" + t["layers.0.ffn.gate.tid2eid"].data[1:]))(source)
-    assert_refused(run("quantize", source, tmp_path / "out"), "layers.0.ffn.gate.tid2eid: element [0, 0] is 3, expected 0 to 2")
+    tensors(
+        lambda t: setattr(t["layers.0.ffn.gate.tid2eid"], "data", b"\x03" + t["layers.0.ffn.gate.tid2eid"].data[1:])
+    )(source)
+    assert_refused(
+        run("quantize", source, tmp_path / "out"), "layers.0.ffn.gate.tid2eid: element [0, 0] is 3, expected 0 to 2"
+    )
 
 
 # --- places --------------------------------------------------------------------------------------------------------------
@@ -455,7 +459,12 @@ def test_a_damaged_drafter_config_never_crashes_a_command(text: bytes, mini_sour
     out = tmp_path / "out"
     assert run("quantize", mini_source, out, "--layout", "universal").code == 0
     (out / "mtp" / "config.json").write_bytes(text)
-    for command in (("verify", out), ("verify", out, "--source", mini_source), ("inspect", out), ("diff", mini_source, out)):
+    for command in (
+        ("verify", out),
+        ("verify", out, "--source", mini_source),
+        ("inspect", out),
+        ("diff", mini_source, out),
+    ):
         result = run(*command)
         assert result.code in {0, 1, 3} and "this is a bug" not in result.err, (command, result.err)
     assert run("verify", out).code == 1
@@ -522,7 +531,9 @@ USAGE = [
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
-def test_wrong_usage_ends_with_code_2_and_writes_nothing(arguments: list[str], mini_source: Path, tmp_path: Path) -> None:
+def test_wrong_usage_ends_with_code_2_and_writes_nothing(
+    arguments: list[str], mini_source: Path, tmp_path: Path
+) -> None:
     places = {"SRC": str(mini_source), "OUT": str(tmp_path / "out")}
     result = run(*(places.get(a, a) for a in arguments))
     assert result.code == 2, result

@@ -4,6 +4,7 @@ several times; the program has to refuse it, or to accept it if the damage did n
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -31,11 +32,16 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return out
 
 
+def junk(rng: random.Random) -> Any:
+    """Return a value of its own that hardly fits anywhere."""
+    return copy.deepcopy(rng.choice(JUNK))
+
+
 def mutate_value(rng: random.Random, table: Any) -> Any:
     """Return the JSON value with one place replaced, removed, doubled, renamed or nudged."""
     found = places(table)
     if not found or rng.random() < 0.02:
-        return rng.choice(JUNK)
+        return junk(rng)
     path = rng.choice(found)
     if len(path) > 1 and rng.random() < 0.3:
         path = path[:1]
@@ -45,14 +51,14 @@ def mutate_value(rng: random.Random, table: Any) -> Any:
     key, kind = path[-1], rng.randrange(6)
     old = holder[key]
     if kind == 0:
-        holder[key] = rng.choice(JUNK)
+        holder[key] = junk(rng)
     elif kind == 1:
         del holder[key]
     elif kind == 2 and isinstance(holder, dict):
-        new = rng.choice(JUNK)
+        new = junk(rng)
         holder[new if isinstance(new, str) else f"{key}{new}"[:50]] = holder.pop(key)
     elif kind == 3 and isinstance(holder, list):
-        holder.insert(rng.randrange(len(holder) + 1), rng.choice([old, *JUNK]))
+        holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(rng.choice([old, *JUNK])))
     elif type(old) is int:
         holder[key] = old + rng.choice([-1, 1, 2, -old, old, 128, 1 << 20])
     elif isinstance(old, str) and old:
@@ -65,7 +71,7 @@ def mutate_value(rng: random.Random, table: Any) -> Any:
         value = table
         for step in other:
             value = value[step] if not isinstance(value, (int, float, str, type(None))) else value
-        holder[key] = value if other[: len(path)] != path and path[: len(other)] != other else None
+        holder[key] = copy.deepcopy(value) if other[: len(path)] != path and path[: len(other)] != other else None
     return table
 
 
@@ -99,7 +105,7 @@ def encode(rng: random.Random, value: Any) -> bytes:
     if rng.random() < 0.05 and '":' in text:
         at = text.index('":')
         start = text.rindex('"', 0, at)
-        text = f"{text[:start]}{text[start:at]}\": 0, {text[start:]}"
+        text = f'{text[:start]}{text[start:at]}": 0, {text[start:]}'
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -121,7 +127,11 @@ def damage_header(rng: random.Random, folder: Path) -> None:
     elif kind < 0.8:
         replace(path, frame(mutate_bytes(rng, header), data))
     elif kind < 0.9:
-        replace(path, rng.choice([0, 1, length - 1, length + 1, 2**26, 2**27, 2**63, 2**64 - 1, len(raw)]).to_bytes(8, "little") + raw[8:])
+        replace(
+            path,
+            rng.choice([0, 1, length - 1, length + 1, 2**26, 2**27, 2**63, 2**64 - 1, len(raw)]).to_bytes(8, "little")
+            + raw[8:],
+        )
     else:
         replace(path, raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.7 else raw + rng.randbytes(5))
 

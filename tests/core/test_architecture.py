@@ -26,7 +26,14 @@ RINGS = dict.fromkeys(CORE, 0) | dict.fromkeys(SHELL, 1) | dict.fromkeys(EDGE, 2
 DATA = {"manifests", "inference"}
 HEAVY = {"numpy", "mlx", "huggingface_hub", "mlx_lm", "tqdm", "xxhash", "safetensors", "click"}
 ALLOWED = {
-    "numpy": {"formats/blocks.py", "formats/scalars.py", "formats/transforms.py", "logical.py", "compare.py", "synth.py"},
+    "numpy": {
+        "formats/blocks.py",
+        "formats/scalars.py",
+        "formats/transforms.py",
+        "logical.py",
+        "compare.py",
+        "synth.py",
+    },
     "click": {"cli.py", "__main__.py"},
     "tqdm": {"cli.py"},
     "xxhash": {"execute.py"},
@@ -89,7 +96,17 @@ def test_the_core_does_no_io() -> None:
 
 
 def test_only_files_opens_files_for_writing() -> None:
-    writers = {"write_text", "write_bytes", "ftruncate", "rename", "replace_file", "unlink", "rmtree", "mkdir", "pwrite"}
+    writers = {
+        "write_text",
+        "write_bytes",
+        "ftruncate",
+        "rename",
+        "replace_file",
+        "unlink",
+        "rmtree",
+        "mkdir",
+        "pwrite",
+    }
     for path in modules():
         if path.name == "files.py":
             continue
@@ -157,4 +174,6 @@ def test_every_function_is_typed_and_every_public_one_documented() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.returns is not None, f"{path.name}: {node.name} has no return type"
-                assert node.end_lineno is not None and node.end_lineno - node.lineno < 75, f"{path.name}: {node.name} is long"
+                assert node.end_lineno is not None and node.end_lineno - node.lineno < 75, (
+                    f"{path.name}: {node.name} is long"
+                )

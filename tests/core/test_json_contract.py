@@ -135,7 +135,9 @@ def test_diff_has_the_keys_of_the_contract_and_code_1_when_folders_differ(mini_s
     assert facts["changed"] > 100 and all(t.keys() >= {"tensor", "status"} for t in facts["tensors"])
     assert run("quantize", mini_source, tmp_path / "bare", "--drop-mtp").code == 0
     facts = document(run("diff", out, tmp_path / "bare", "--json"), code=1)
-    assert facts["only_a"] == len(support.names([t["tensor"] for t in facts["tensors"]], "mtp.")) and not facts["only_b"]
+    assert (
+        facts["only_a"] == len(support.names([t["tensor"] for t in facts["tensors"]], "mtp.")) and not facts["only_b"]
+    )
 
 
 def test_quantize_again_reports_that_all_was_done(mini_source: Path, tmp_path: Path) -> None:
@@ -153,7 +155,9 @@ def test_synth_and_demo_print_one_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quiet", [(), ("-q",)])
-def test_the_process_prints_json_alone_on_standard_output(quiet: tuple[str, ...], mini_source: Path, tmp_path: Path) -> None:
+def test_the_process_prints_json_alone_on_standard_output(
+    quiet: tuple[str, ...], mini_source: Path, tmp_path: Path
+) -> None:
     result = run_process("quantize", mini_source, tmp_path / "out", "--json", *quiet)
     assert document(result)["manifest"].endswith("ds4convert_manifest.json") and result.err == ""
 
@@ -170,7 +174,9 @@ def test_json_survives_a_folder_whose_name_is_not_utf_8(mini_source: Path, tmp_p
         assert (text.code, text.err) == (0, "") and "is already complete" in text.out
 
 
-def test_nothing_but_the_contracts_exit_code_tells_a_failed_check_from_bad_input(mini_source: Path, tmp_path: Path) -> None:
+def test_nothing_but_the_contracts_exit_code_tells_a_failed_check_from_bad_input(
+    mini_source: Path, tmp_path: Path
+) -> None:
     assert run("quantize", mini_source, tmp_path / "out").code == 0
     assert run("verify", tmp_path / "out", "--source", tmp_path / "nothing").code == 3
     assert run("verify", mini_source, "--json").code == 1
