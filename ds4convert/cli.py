@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-LAYOUTS = ("inline", "universal", "mtplx", "vlm", "mlx-lm")
 
 
 @dataclass
@@ -112,6 +111,18 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} is not a size such as 5GB or 4.5GiB", param, ctx)
 
 
+class LayoutName(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A layout by name; the known ones are the files of `manifests/layouts/`."""
+
+    name = "layout"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the known names, read only when help is asked for."""
+        from ds4convert.layouts import layouts
+
+        return "|".join(layouts())
+
+
 def conversion_options(f: F) -> F:
     """Add the options that `plan` and `quantize` share."""
     options = [
@@ -120,10 +131,10 @@ def conversion_options(f: F) -> F:
         click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
         click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
-        click.option("--layout", type=click.Choice(LAYOUTS), default="inline", show_default=True),
+        click.option("--layout", type=LayoutName(), default="inline", show_default=True),
         click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
         click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
-        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digests of all that is written."),
+        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digest what is written."),
     ]  # fmt: skip
     for option in reversed(options):
         f = option(f)

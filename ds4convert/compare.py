@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ds4convert.formats.blocks import MX_GROUP
 from ds4convert.logical import Logical, Reader, View, codes, decode, row_chunks, scales
@@ -82,9 +83,12 @@ def difference(a: Logical | None, b: Logical | None, ra: Reader, rb: Reader) -> 
         if found is None:
             continue
         first = first or (matrix, row + found[0], found[1])
-        delta = va.astype(np.float64) - vb.astype(np.float64)
-        worst = max(worst, float(np.nanmax(np.abs(delta), initial=0.0)))
-        squares += float(np.nansum(delta * delta))
+        with np.errstate(invalid="ignore"):
+            delta = va.astype(np.float64) - vb.astype(np.float64)
+        delta[np.isnan(delta)] = math.inf  # NaN on one side, or infinities of both signs
+        delta[~_unequal(va, vb)] = 0.0
+        worst = max(worst, float(np.max(np.abs(delta), initial=0.0)))
+        squares += float(np.sum(delta * delta))
         norm += float(np.nansum(va.astype(np.float64) ** 2))
     if first is None:
         return Difference(a.key, "same")
@@ -131,11 +135,17 @@ def _equal_bytes(
     return np.array_equal(grid_a[row : row + rows], grid_b[row : row + rows])
 
 
+def _unequal(va: np.ndarray, vb: np.ndarray) -> NDArray[np.bool_]:
+    """Return where two values differ; NaN equals NaN."""
+    unequal: NDArray[np.bool_] = ~((va == vb) | (np.isnan(va) & np.isnan(vb)))
+    return unequal
+
+
 def _first_difference(
     a: Logical, b: Logical, ca: np.ndarray, cb: np.ndarray, va: np.ndarray, vb: np.ndarray
 ) -> tuple[int, int] | None:
     """Return (row, column) of the first element whose value, or code of the same kind, differs."""
-    unequal = ~((va == vb) | (np.isnan(va) & np.isnan(vb)))
+    unequal = _unequal(va, vb)
     if (a.store, b.store) in SAME_CODES or a.store == b.store:
         per_code = unequal.shape[1] // ca.shape[1] if ca.shape[1] <= unequal.shape[1] else 0
         other = ca != cb
@@ -158,9 +168,14 @@ def tensor_json(key: str, a: Logical | None, b: Logical | None, d: Difference) -
         row["detail"] = d.detail
     if d.status == "value":
         row["first"] = list(d.first or ())
-        row["max_abs_error"] = d.max_abs
-        row["relative_square_error"] = d.relative_square
+        row["max_abs_error"] = _finite(d.max_abs)
+        row["relative_square_error"] = _finite(d.relative_square)
     return row
+
+
+def _finite(value: float) -> float | None:
+    """Return `value`, or None where JSON has no such number (one side is NaN or infinite)."""
+    return value if math.isfinite(value) else None
 
 
 def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Difference]]) -> JSON:

@@ -96,10 +96,12 @@ def _is_done(out: Path, plan: Plan) -> bool:
 
 
 def _clear(out: Path, disk: Disk) -> None:
-    """Remove what a conversion writes, and nothing else; the manifest goes first."""
-    entries = sorted(os.scandir(out), key=lambda e: e.name != MANIFEST_NAME)
-    for entry in entries:
-        if _ours(entry.name):
+    """Remove what a conversion writes, and nothing else; its state (but for our lock) and the manifest go first."""
+    for path in sorted((out / STATE_FOLDER).iterdir()):
+        if path.name != journal.LOCK_NAME:
+            disk.remove(path)
+    for entry in sorted(os.scandir(out), key=lambda e: e.name != MANIFEST_NAME):
+        if _ours(entry.name) and entry.name != STATE_FOLDER:
             disk.remove(Path(entry.path))
 
 
@@ -119,19 +121,30 @@ def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
         raise OutputError(f"{out}: is not empty (it holds {shown}); choose another folder, or add --overwrite")
 
 
-def _check_room(out: Path, plan: Plan) -> None:
-    """Raise `EnvironmentFault` when the disk cannot hold what is still to be written."""
+def _check_room(out: Path, plan: Plan, fresh: bool) -> None:
+    """Raise `EnvironmentFault` when the disk cannot hold what is still to be written.
+
+    `fresh`: what an earlier conversion left in the folder will be removed, so its room counts as free.
+    """
     need = plans.output_bytes(plan) + MARGIN_BYTES
     for f in plan.files:
         for path in (out / f.name, out / (f.name + PARTIAL)):
-            if path.is_file():
+            if path.is_file() and not fresh:
                 need -= min(path.stat().st_blocks * 512, f.size)
-    free = free_bytes(out)
+    free = free_bytes(out) + (_removable_bytes(out) if fresh else 0)
     if need > free:
         raise EnvironmentFault(
             f"{out}: the result needs {need:,} more bytes, but this disk has {free:,} free; "
             f"free {need - free:,} bytes, or choose a folder on another disk. Nothing was written"
         )
+
+
+def _removable_bytes(out: Path) -> int:
+    """Return the bytes that `_clear` frees: of files without a second name elsewhere."""
+    tops = [Path(e.path) for e in os.scandir(out) if _ours(e.name)] if out.is_dir() else []
+    paths = [p for top in tops for p in ([*top.rglob("*")] if top.is_dir() and not top.is_symlink() else [top])]
+    sizes = [p.lstat() for p in paths]
+    return sum(s.st_blocks * 512 for s in sizes if s.st_nlink == 1)
 
 
 def run(
@@ -146,7 +159,8 @@ def run(
     """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
 
     `progress` is called with numbers of bytes as they are written or found finished. Raises `InputError` or
-    `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there.
+    `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there, with `overwrite` too:
+    what this very plan left unfinished is never thrown away.
     """
     disk = disk or Disk()
     check_places(source.checkpoint.path, out)
@@ -156,17 +170,19 @@ def run(
         progress(sum(f.size for f in plan.files))
         return Outcome(plan, out / MANIFEST_NAME, True, True)
     _check_output(out, plan, overwrite)
-    if not overwrite or not out.exists():
-        _check_room(out, plan)
+    state = out / STATE_FOLDER
+    fresh = overwrite and not journal.is_of(state, plan)
+    _check_room(out, plan, fresh)
     with disk_errors("writing", out):
         disk.make_folder(out)
-        state = out / STATE_FOLDER
-        if overwrite:
-            _clear(out, disk)
-            _check_room(out, plan)
+        if fresh and (state.is_symlink() or state.is_file()):
+            disk.remove(state)
         disk.make_folder(state)
         lock = journal.Lock(state)
     try:
+        if fresh:
+            with disk_errors("clearing", out):
+                _clear(out, disk)
         return _locked(source, plan, out, jobs, progress, disk)
     finally:
         lock.release()

@@ -1,6 +1,6 @@
 """Carries out a plan: read range, transform, write at offset, hash, journal. Decides nothing.
 
-Memory: a worker holds a few pieces of 4 MB, whatever the size of a tensor or a model. Each worker writes one file from
+Memory: a worker holds a few megabytes, whatever the size of a tensor or a model. Each worker writes one file from
 front to back, so that its sha256 comes from the bytes as they pass; hashing, and syncing finished batches to the
 disk, each have a thread of their own.
 """
@@ -28,7 +28,7 @@ from ds4convert.types import ByteRange, OutputFile, Plan, Step
 BATCH_BYTES = 256 << 20
 """Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
 
-BUFFERS = 6
+BUFFERS = 8
 """Pieces of one worker that may be in flight between reading and hashing."""
 
 Progress = Callable[[int], None]
@@ -109,7 +109,7 @@ class Buffers:
     """A fixed set of reusable buffers: the bound on a worker's memory, and its back-pressure."""
 
     def __init__(self, count: int, stop: threading.Event) -> None:
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[bytearray] = queue.LifoQueue()  # the last used is still in the cache
         self._stop = stop
         for _ in range(count):
             self._free.put(bytearray(CHUNK_BYTES))
@@ -145,6 +145,7 @@ class FileWriter:
         self.hashing: list[Future[None]] = []  # appended to by the worker only
         self.syncing: list[Future[None]] = []  # appended to by the hashing thread, or by the worker when that is idle
         self.fd = -1
+        self.sync_failed = False
 
     def write(self) -> None:
         """Produce the file under its final name, or raise with all finished steps recorded."""
@@ -273,9 +274,14 @@ class FileWriter:
             self.syncing.append(self.syncer.submit(self._sync, batch))
 
     def _sync(self, batch: Mapping[int, str | None]) -> None:
+        """Sync the file, then record the batch. A system tells of a lost write once: after that nothing is safe."""
+        if self.sync_failed:
+            return
+        self.sync_failed = True
         with disk_errors("writing", self.partial):
             self.run.disk.sync_data(self.fd)
         self.run.journal.steps(batch)
+        self.sync_failed = False
 
 
 @dataclass
@@ -305,13 +311,14 @@ class Run:
     def _file(self, number: int) -> None:
         self.check_stop()
         name = self.plan.files[number].name
+        with disk_errors("writing", self.out / name):
+            self.disk.make_folder((self.out / name).parent)
         if number in self.finished.files and self._whole(number):
             self.result.hashes[number] = self.finished.files[number]
             for n in self.steps_of[number]:
                 self.result.digests[n] = self.finished.steps.get(n)
             self.progress(self.plan.files[number].size - len(self.plan.files[number].header))
             return
-        self.disk.make_folder((self.out / name).parent)
         FileWriter(self, number).write()
 
     def _whole(self, number: int) -> bool:

@@ -19,6 +19,10 @@ from pathlib import Path
 from ds4convert.errors import EnvironmentFault
 
 PARTIAL = ".partial"
+PAGE = 4096
+WRITE_BYTES = 256 << 10
+"""Largest single write. Measured on ext4: whole aligned megabytes make the kernel look for pages that large, at six
+times the cost; smaller writes never do (benchmarks/RESULTS.md)."""
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -86,11 +90,17 @@ class Disk:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
-            n = os.pwrite(fd, view, offset)
+            n = os.pwrite(fd, view[:WRITE_BYTES], offset)
             view, offset = view[n:], offset + n
 
     def copy_range(self, source: int, start: int, target: int, offset: int, size: int) -> bool:
-        """Move `size` bytes inside the kernel. Return False where this disk cannot; all has to be moved then."""
+        """Move `size` bytes inside the kernel. Return False where that is not possible or not worth it.
+
+        Where source and target lie differently within their pages, no disk can share the blocks, and the kernel
+        takes twice the time of a copy through a buffer (benchmarks/RESULTS.md): those are left to the caller.
+        """
+        if (start - offset) % PAGE:
+            return False
         while self._kernel_copy and size:
             try:
                 n = os.copy_file_range(source, target, size, start, offset)

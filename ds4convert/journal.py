@@ -59,10 +59,19 @@ def other_plan(state: Path) -> dict[str, Any] | None:
     return None
 
 
+def is_of(state: Path, plan: Plan) -> bool:
+    """Return whether `state` is what an unfinished run of this very plan left."""
+    found = None if state.is_symlink() else other_plan(state)
+    return found is not None and found.get("plan") == plan.id
+
+
 def check_same_plan(state: Path, plan: Plan) -> None:
     """Raise `OutputError` when the unfinished run in this folder followed another plan, saying what differs."""
     found, ours = other_plan(state), summary(plan)
-    if found is None or found.get("plan") == plan.id:
+    if found is None:
+        _check_untouched(state)
+        return
+    if found.get("plan") == plan.id:
         return
     differs = [
         f"{k} was {found.get(k)}, now {v}"
@@ -75,6 +84,16 @@ def check_same_plan(state: Path, plan: Plan) -> None:
         f"{state.parent}: holds an unfinished conversion with other settings ({'; '.join(differs) or 'tool version'}); "
         "repeat the earlier command to finish it, or add --overwrite to start over"
     )
+
+
+def _check_untouched(state: Path) -> None:
+    """Raise `OutputError` when there is more than the state of a run that ended before it recorded its plan."""
+    names = sorted(p.name for p in state.parent.iterdir() if not p.name.startswith("."))
+    if names:
+        raise OutputError(
+            f"{state.parent}: {state.name}/{PLAN_NAME} cannot be read, so what is here ({', '.join(names[:5])}) may be of "
+            "other settings; choose another folder, or add --overwrite to start over"
+        )
 
 
 class Lock:
@@ -152,13 +171,15 @@ def _read(path: Path, plan: Plan, prints: Mapping[str, Fingerprint]) -> Finished
     first = next(lines, None)
     if first is None or first.get("plan") != plan.id:
         return Finished()
-    before = first.get("sources", {})
+    before = first.get("sources")
+    before = before if isinstance(before, dict) else {}
     changed = {i for i, s in enumerate(plan.sources) if before.get(s.name) != list(prints[s.name])}
     stale = {n for n, s in enumerate(plan.steps) if changed and any(r.file in changed for o in s.operands for r in o)}
     stale_files = {o.file for n in stale for o in plan.steps[n].outputs}
     out = Finished()
-    for line in lines:
-        out.steps |= {n: d for n, d in line.get("steps", []) if n not in stale}
-        if "file" in line and line["file"] not in stale_files:
-            out.files[line["file"]] = line["sha256"]
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # a line that is not ours ends the journal
+        for line in lines:
+            out.steps |= {n: d for n, d in line.get("steps", []) if n not in stale}
+            if "file" in line and line["file"] not in stale_files:
+                out.files[line["file"]] = line["sha256"]
     return out

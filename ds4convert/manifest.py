@@ -14,23 +14,33 @@ from typing import Any
 from ds4convert import strictjson
 from ds4convert.errors import InputError
 from ds4convert.folder import read_small
-from ds4convert.types import JSON, Plan, Step
+from ds4convert.headers import LENGTH_BYTES
+from ds4convert.types import JSON, OutputFile, Plan, Step
 
 MANIFEST_NAME = "ds4convert_manifest.json"
 VERSION = 1
+DIGEST = "digest"
+"""The key of the sha256 of the rest (canonical JSON), so that the account itself cannot change unnoticed."""
+
 MAX_BYTES = 100_000_000
 
 
 def tool_version() -> str:
-    """Return the version of the installed package."""
-    return metadata.version("ds4convert")
+    """Return the version of the installed package, or `0+source` where it runs from a tree that is not installed."""
+    try:
+        return metadata.version("ds4convert")
+    except metadata.PackageNotFoundError:
+        return "0+source"
 
 
 def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, str | None]) -> bytes:
     """Return the manifest's bytes for an executed plan: `digests` by step number, `hashes` by file number."""
     small = {name: hashlib.sha256(text).hexdigest() for name, text in plan.texts.items()} | dict(plan.copies)
     sizes = {name: len(text) for name, text in plan.texts.items()}
-    files = [{"name": f.name, "bytes": f.size, "sha256": hashes[n]} for n, f in enumerate(plan.files)]
+    files: list[JSON] = [
+        {"name": f.name, "bytes": f.size, "sha256": hashes[n], "header_sha256": _header_digest(f)}
+        for n, f in enumerate(plan.files)
+    ]
     files += [{"name": n, "sha256": h} | ({"bytes": sizes[n]} if n in sizes else {}) for n, h in small.items()]
     table: JSON = {
         "manifest_version": VERSION,
@@ -49,7 +59,12 @@ def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, st
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],
         "files_left_out": [{"file": x.tensor, "why": x.why} for x in plan.files_left_out],
     }
-    return strictjson.pretty(table)
+    return strictjson.pretty(table | {DIGEST: strictjson.digest(table)})
+
+
+def _header_digest(file: OutputFile) -> str:
+    """Return the sha256 of a header's JSON, as `SourceFile` has it: what is checked with hashing off, too."""
+    return hashlib.sha256(file.header[LENGTH_BYTES:]).hexdigest()
 
 
 def _records(plan: Plan, step: Step, digest: str | None) -> list[JSON]:
@@ -80,9 +95,13 @@ def read(folder: Path) -> JSON | None:
     """
     if not (folder / MANIFEST_NAME).exists():
         return None
-    table = strictjson.loads(read_small(folder, MANIFEST_NAME, MAX_BYTES), MANIFEST_NAME)
+    raw = read_small(folder, MANIFEST_NAME, MAX_BYTES)
+    table = strictjson.loads(raw, MANIFEST_NAME)
     if not isinstance(table, dict) or table.get("manifest_version") != VERSION or not _well_formed(table):
         raise InputError(f"{MANIFEST_NAME}: not a manifest that this version of ds4convert reads")
+    rest = {k: v for k, v in table.items() if k != DIGEST}
+    if table.get(DIGEST) != strictjson.digest(rest) or strictjson.pretty(table) != raw:
+        raise InputError(f"{MANIFEST_NAME}: altered since it was written; convert again")
     return table
 
 

@@ -153,5 +153,8 @@ def _format(t: JSON, side: str) -> str:
 
 def _error(t: JSON) -> str:
     if "max_abs_error" in t:
-        return f"max {t['max_abs_error']:.3g}, relative square {t['relative_square_error']:.3g}, first at {t['first']}"
+        worst, square = (
+            "not finite" if t[k] is None else f"{t[k]:.3g}" for k in ("max_abs_error", "relative_square_error")
+        )
+        return f"max {worst}, relative square {square}, first at {t['first']}"
     return str(t.get("detail", ""))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ds4convert import compare, convert, logical, manifest
 from ds4convert import inventory as inventories
 from ds4convert.errors import Ds4Error, InputError
-from ds4convert.folder import open_file, read_checkpoint, read_small, resolve_inside
+from ds4convert.folder import Checkpoint, open_file, read_checkpoint, read_small, resolve_inside
 from ds4convert.headers import parse_index
 from ds4convert.journal import STATE_FOLDER
 from ds4convert.layouts import layouts
@@ -94,9 +94,18 @@ def _files(path: Path, record: JSON) -> tuple[bool, str]:
             continue
         if "bytes" in f and status.st_size != f["bytes"]:
             problems.append(f"{f['name']}: {status.st_size} bytes, expected {f['bytes']}")
-    strays = [e.name for e in os.scandir(path) if e.name.endswith(".safetensors") and e.name not in names]
-    problems += [f"{n}: not in the manifest; hosts would load it" for n in sorted(strays)]
+    problems += [f"{n}: not in the manifest; hosts would load it" for n in _strays(path, set(names))]
     return _some(problems, f"{len(names)} files, none missing, none to spare")
+
+
+def _strays(path: Path, names: set[str]) -> list[str]:
+    """Return the safetensors files that the manifest does not name, in the folder itself and in a drafter's."""
+    found = []
+    for prefix in ("", "mtp/"):
+        folder = path / prefix
+        if folder.is_dir():
+            found += [prefix + e.name for e in os.scandir(folder) if e.name.endswith(".safetensors")]
+    return sorted(set(found) - names)
 
 
 def sha256_file(path: Path, name: str, progress: Progress = lambda n: None) -> str:
@@ -129,10 +138,14 @@ def _digests(path: Path, record: JSON, jobs: int, progress: Progress) -> tuple[b
 
 
 def _stored(folder: logical.MlxFolder) -> Iterator[tuple[str, TensorInfo]]:
-    for prefix, checkpoint in (("", folder.checkpoint), ("mtp/", folder.drafter)):
-        if checkpoint is not None:
-            for t in checkpoint.tensors():
-                yield prefix + checkpoint.file_names[t.file], t
+    for prefix, checkpoint in _folders(folder):
+        for t in checkpoint.tensors():
+            yield prefix + checkpoint.file_names[t.file], t
+
+
+def _folders(folder: logical.MlxFolder) -> list[tuple[str, Checkpoint]]:
+    """Return the folder itself and the drafter's folder below it, if any, each with the prefix of its file names."""
+    return [("", folder.checkpoint), *([("mtp/", folder.drafter)] if folder.drafter else [])]
 
 
 def _against_manifest(folder: logical.MlxFolder, record: JSON) -> tuple[bool, str]:
@@ -145,6 +158,9 @@ def _against_manifest(folder: logical.MlxFolder, record: JSON) -> tuple[bool, st
         elif (t.dtype, list(t.shape), t.start, t.size) != (r["dtype"], r["shape"], r["offset"], r["bytes"]):
             problems.append(f"{r['name']}: {t.dtype} {list(t.shape)} is not what the manifest records")
     problems += [f"{name}: not in the manifest" for _, name in stored]
+    heads = {prefix + f.name: f.header_sha256 for prefix, c in _folders(folder) for f in c.files}
+    known = {f["name"]: f.get("header_sha256") for f in record["files"] if "header_sha256" in f}
+    problems += [f"{name}: its header was altered" for name, digest in known.items() if heads.get(name) != digest]
     return _some(problems, f"{len(record['tensors'])} tensors where the manifest says")
 
 
@@ -197,15 +213,19 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     Where the format keeps the source's codes, codes and values both have to be equal; a dequantized tensor has to be
     the correctly rounded value.
     """
-    record = manifest.read(path)
-    folder = logical.read_mlx(path)
     opened = convert.open_source(source)
+    try:
+        record = manifest.read(path)
+        folder = logical.read_mlx(path)
+        views = _views(folder)
+    except InputError as e:
+        return [Check("values", False, f"cannot be compared with the source: {e}")]
     checks = []
     if record is not None:
         checks.append(Check("source headers", *_same_source(record, opened)))
         checks.append(Check("left out", *_left_out(record, opened)))
     wanted = logical.source_view(opened.checkpoint, opened.inventory, opened.named)
-    for name, view in _views(folder):
+    for name, view in views:
         ours = _without_head(wanted) if folder.head_kind == "none" else wanted
         if name:
             ours = logical.View(

@@ -43,7 +43,7 @@ def e4m3_values() -> F32:
     magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
     magnitude[(codes & 0x7F) == 0x7F] = np.nan
     sign = np.where(codes & 0x80, -1.0, 1.0)
-    return np.copysign(magnitude, sign).astype(np.float32)
+    return np.array(np.copysign(magnitude, sign), dtype=np.float32)
 
 
 @cache
@@ -51,7 +51,7 @@ def e8m0_values() -> F32:
     """Return the 256 values of E8M0 by byte, float32 [256]: 2^(byte-127); byte 0 is 2^-127, byte 255 is NaN."""
     values = np.exp2(np.arange(256) - 127.0)
     values[E8M0_NAN_CODE] = np.nan
-    return values.astype(np.float32)
+    return np.array(values, dtype=np.float32)
 
 
 def bf16_bits(values: F32) -> U16:

@@ -1,0 +1,396 @@
+"""Draft, verify, accept: decoding with the multi-token-prediction head.
+
+One round: the head drafts K tokens from the backbone's hidden state and the newest token; one backbone pass
+over the newest token and the drafts verifies them; the accepted ones and one more token come out. What the
+refused ones changed is taken back exactly, in the backbone's caches and in the head's. The head's own output
+stands in for hidden states it has not yet got (drafts 2..K); those positions are taken back and fed again
+with the true ones.
+
+The loop needs only what `DraftingModel` and `Rewindable` say, so a fake model of a few lines can drive it.
+Sources: architecture description, section 9; the tuples are those of mlx-lm's generators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from .sampling import Draft, ExactMatch, LogitsProcessor, Rule, Sampler, Sampling, Speculative, token_id
+
+MAX_DRAFT_DEPTH = 8
+"""Deepest draft: within what the caches can take back exactly."""
+
+Token = tuple[int, mx.array, bool]
+"""(token id, log-probabilities [V] it was drawn from, whether the head drafted it)."""
+
+
+class Rewindable(Protocol):
+    """State of one layer."""
+
+    offset: int
+
+    def trim(self, count: int) -> int:
+        """Take back the last `count` tokens exactly."""
+
+    @property
+    def state(self) -> Any:
+        """Arrays to evaluate."""
+
+
+class DraftingModel(Protocol):
+    """What the loop asks of a model; see `deepseek_v4.Model`."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None, return_hidden: bool = False) -> Any:
+        """(logits [1, L, V], hidden [1, L, ...]) with `return_hidden`."""
+
+    def mtp_forward(self, hidden: mx.array, next_tokens: mx.array, mtp_cache: Any, return_hidden: bool = False) -> Any:
+        """(logits [1, L, V], hidden [1, L, ...]) with `return_hidden`."""
+
+    def make_cache(self) -> list[Any]:
+        """State of the backbone."""
+
+    def make_mtp_cache(self) -> list[Any]:
+        """State of the head; empty without a head."""
+
+
+@dataclass
+class DecodeStats:
+    """What a run of the loop did; times in seconds."""
+
+    prompt_tokens: int = 0
+    generated: int = 0
+    passes: int = 0  # backbone passes after the prompt
+    drafted: int = 0
+    accepted: int = 0
+    drafted_at: list[int] = field(default_factory=list)  # per draft position, first draft first
+    accepted_at: list[int] = field(default_factory=list)
+    accepted_per_pass: list[int] = field(default_factory=list)
+    prompt_seconds: float = 0.0
+    backbone_seconds: float = 0.0
+    head_seconds: float = 0.0
+    other_seconds: float = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted drafts by proposed drafts; 0 where none was proposed."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 + mean accepted drafts per backbone pass."""
+        return 1.0 + self.accepted / self.passes if self.passes else 1.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time after the prompt."""
+        return self.backbone_seconds + self.head_seconds + self.other_seconds
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Add one pass."""
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.accepted_per_pass.append(accepted)
+        while len(self.drafted_at) < drafted:
+            self.drafted_at.append(0)
+            self.accepted_at.append(0)
+        for position in range(drafted):
+            self.drafted_at[position] += 1
+            self.accepted_at[position] += position < accepted
+
+
+class _Clock:
+    """Adds the time since its last call to one field of the statistics."""
+
+    def __init__(self, stats: DecodeStats) -> None:
+        self.stats, self.last = stats, time.perf_counter()
+
+    def skip(self) -> None:
+        """Forget the time since the last call: it was the consumer's."""
+        self.last = time.perf_counter()
+
+    def charge(self, name: str) -> None:
+        """Add the time since the last call to the field `name`."""
+        now = time.perf_counter()
+        setattr(self.stats, name, getattr(self.stats, name) + now - self.last)
+        self.last = now
+
+
+class _Run:
+    """State of one generation.
+
+    `hidden` [1, n, ...] and `due` (n tokens) are pairs that the head has not seen; `history` is kept for the
+    processors only.
+    """
+
+    def __init__(
+        self,
+        model: DraftingModel,
+        rule: Rule,
+        processors: list[LogitsProcessor],
+        backbone: list[Any],
+        head: list[Any],
+        stats: DecodeStats,
+    ) -> None:
+        self.model, self.rule, self.processors = model, rule, processors
+        self.backbone, self.head, self.stats = backbone, head, stats
+        self.clock = _Clock(stats)
+        self.history = mx.array([], dtype=mx.uint32)
+        self.hidden: mx.array | None = getattr(head[0], "pending", None)
+        self.due: list[int] = []
+        self.is_settled = False  # whether the caches hold whole rounds only
+
+    # -- prompt ---------------------------------------------------------------------------------------------
+
+    def prefill(self, prompt: list[int], step_size: int, progress: Callable[[int, int], None]) -> list[Token]:
+        """Feed the prompt to backbone and head; returns the first token."""
+        self.stats.prompt_tokens = len(prompt)
+        done = 0
+        progress(done, len(prompt))
+        while done < len(prompt) - 1:
+            part = prompt[done : min(done + step_size, len(prompt) - 1)]
+            _, hidden = self._backbone_pass(part)
+            self._known(hidden, part)
+            self._feed_head()
+            mx.eval([cache.state for cache in self.backbone + self.head], self.hidden)
+            done += len(part)
+            progress(done, len(prompt))
+        logits, hidden = self._backbone_pass(prompt[-1:])
+        self._known(hidden, prompt[-1:])
+        if self.processors:
+            self.history = mx.array(prompt, dtype=mx.uint32)
+        logprobs = self._logprobs(logits[0, -1:], [])
+        token = token_id(self.rule.first(logprobs))
+        progress(len(prompt), len(prompt))
+        self.is_settled = True
+        self.clock.charge("prompt_seconds")
+        return [(token, logprobs[0], False)]
+
+    def _known(self, hidden: mx.array, tokens: list[int]) -> None:
+        """Note hidden states [1, n, ...] of `tokens`: each token is the one due after the hidden state before
+        it.
+        """
+        self.due += tokens if self.hidden is not None else tokens[1:]
+        self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
+
+    def _feed_head(self) -> None:
+        """Give the head every pair that is complete."""
+        count = len(self.due)
+        if count and self.hidden is not None:
+            pairs, self.hidden = self.hidden[:, :count], self.hidden[:, count:]
+            self.model.mtp_forward(pairs, mx.array([self.due]), self.head)
+            self.due = []
+
+    def _backbone_pass(self, tokens: list[int]) -> tuple[mx.array, mx.array]:
+        result: tuple[mx.array, mx.array] = self.model(mx.array([tokens]), cache=self.backbone, return_hidden=True)
+        return result
+
+    # -- one round ------------------------------------------------------------------------------------------
+
+    def round(self, newest: int, depth: int) -> list[Token]:
+        """Draft up to `depth` tokens after `newest`, verify them in one pass; returns the tokens that follow
+        it.
+        """
+        self.is_settled = False
+        self.due.append(newest)
+        if self.processors:
+            self.history = mx.concatenate([self.history, mx.array([newest], dtype=mx.uint32)])
+        drafts = self._draft(depth)
+        proposed = [token_id(draft.token) for draft in drafts]
+        self.clock.charge("head_seconds")
+        logits, hidden = self._backbone_pass([newest, *proposed])
+        mx.eval(logits, hidden)
+        self.clock.charge("backbone_seconds")
+        logprobs = self._logprobs(logits[0], drafts)
+        accepted, after = self.rule.judge(logprobs, drafts)
+        _take_back(self.backbone, len(drafts) - accepted)
+        self._keep(hidden[:, : accepted + 1], proposed[:accepted])
+        self.stats.count(len(drafts), accepted)
+        self.clock.charge("other_seconds")
+        tokens = [*proposed[:accepted], after]
+        self.is_settled = True
+        return [(token, logprobs[n], n < accepted) for n, token in enumerate(tokens)]
+
+    def _draft(self, depth: int) -> list[Draft]:
+        """Drafts from the due pairs, then from the head's own output, which is taken back."""
+        if depth == 0 or self.hidden is None:
+            return []
+        hidden, tokens = self.hidden, mx.array([self.due])
+        drafts: list[Draft] = []
+        while len(drafts) < depth:
+            logits, hidden = self.model.mtp_forward(hidden, tokens, self.head, return_hidden=True)
+            drafts.append(self.rule.draft(self._logprobs(logits[0, -1:], drafts)[-1:]))
+            hidden, tokens = hidden[:, -1:], drafts[-1].token[None]
+        mx.eval([draft.token for draft in drafts])
+        _take_back(self.head, depth - 1)
+        self.hidden, self.due = None, []
+        return drafts
+
+    def _keep(self, hidden: mx.array, accepted: list[int]) -> None:
+        """Note the hidden states of the newest token and the accepted drafts, which are due as next
+        tokens.
+        """
+        self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
+        self.due += accepted
+
+    def _logprobs(self, logits: mx.array, drafts: list[Draft]) -> mx.array:
+        """Log-probabilities of rows [n, V]; the last row is preceded by all drafts, each row before by one
+        less.
+        """
+        if self.processors:
+            rows, count = [], logits.shape[0]
+            for n in range(count):
+                before = [draft.token.astype(mx.uint32) for draft in drafts[: len(drafts) - count + 1 + n]]
+                tokens, row = mx.concatenate([self.history, *before]), logits[n : n + 1]
+                for processor in self.processors:
+                    row = processor(tokens, row)
+                rows.append(row)
+            logits = mx.concatenate(rows)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def note(self, tokens: list[int]) -> None:
+        """Add accepted drafts to the processors' history."""
+        if self.processors and tokens:
+            self.history = mx.concatenate([self.history, mx.array(tokens, dtype=mx.uint32)])
+
+    # -- end ------------------------------------------------------------------------------------------------
+
+    def close(self, tokens: list[Token], used: int) -> None:
+        """Bring the caches to exactly the tokens that left: `used` of the last round's `tokens`.
+
+        Afterwards the backbone covers the prompt and every token that left, as after mlx-lm's plain
+        generator; the head covers one position less and holds the hidden state that waits for its next token.
+        """
+        unused = len(tokens) - 1 - used
+        if unused >= 0:
+            _take_back(self.backbone, unused)
+            if self.hidden is not None and unused:
+                self.hidden, self.due = self.hidden[:, :-unused], self.due[:-unused]
+        else:
+            newest = tokens[-1][0]
+            self.due.append(newest)
+            self._keep(self._backbone_pass([newest])[1], [])
+        self._feed_head()
+        self.head[0].pending = self.hidden
+        mx.eval([cache.state for cache in self.backbone + self.head])
+
+
+def _take_back(caches: list[Any], count: int) -> None:
+    if count:
+        for cache in caches:
+            cache.trim(count)
+
+
+def _split_cache(model: DraftingModel, prompt_cache: list[Any] | None) -> tuple[list[Any], list[Any]]:
+    """Backbone and head caches; a head that has missed positions starts empty, which costs acceptance
+    only.
+    """
+    if prompt_cache is None:
+        return model.make_cache(), model.make_mtp_cache()
+    count = len(model.make_cache())
+    backbone, head = prompt_cache[:count], prompt_cache[count:]
+    pending = getattr(head[0], "pending", None) if head else None
+    known = head[0].offset + (0 if pending is None else pending.shape[1]) if head else -1
+    if known != backbone[0].offset or (known and pending is None):
+        head = model.make_mtp_cache()
+        prompt_cache[count:] = head
+    return backbone, head
+
+
+def _make_rule(sampler: Sampler | None, sampling: Sampling | None) -> Rule:
+    if sampler is not None and sampling is not None:
+        raise ValueError("give either a sampler (exact match) or sampling settings (probabilistic), not both")
+    if sampling is not None and sampling.temp > 0:
+        return Speculative(sampling)
+    return ExactMatch(sampler)
+
+
+def mtp_generate_step(
+    prompt: mx.array,
+    model: DraftingModel,
+    stream: Any = None,
+    *,
+    draft_depth: int = 1,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    sampling: Sampling | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = 512,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    stats: DecodeStats | None = None,
+) -> Generator[Token, None, None]:
+    """Yield (token, log-probabilities [V], from_draft) after the token ids `prompt` [L], as mlx-lm's
+    generators do.
+
+    `draft_depth` drafts per pass (1 to 8); `max_tokens` -1 for no limit. With `sampling` (temp > 0) drafts
+    are accepted probabilistically; else each must equal the token that `sampler` (default: greedy) draws.
+    Both leave the distribution as it is without the head. `prompt_cache` = `make_cache() + make_mtp_cache()`
+    is continued in place and covers, once the generator is closed, the prompt and every token yielded.
+    `stats` is filled in. Raises ValueError on an empty prompt, a depth out of range, or a model without a
+    head.
+    """
+    tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
+    if not tokens:
+        raise ValueError("the prompt is empty: at least one token is needed")
+    if not 1 <= draft_depth <= MAX_DRAFT_DEPTH:
+        raise ValueError(f"draft depth {draft_depth}: expected 1 to {MAX_DRAFT_DEPTH}")
+    backbone, head = _split_cache(model, prompt_cache)
+    if not head:
+        raise ValueError("the model has no head to draft with")
+    run = _Run(
+        model,
+        _make_rule(sampler, sampling),
+        logits_processors or [],
+        backbone,
+        head,
+        stats if stats is not None else DecodeStats(),
+    )
+    with contextlib.nullcontext() if stream is None else mx.stream(stream):
+        batch = run.prefill(tokens, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+        used = 0
+        try:
+            while True:
+                used = 0
+                for token in batch:
+                    used += 1
+                    run.stats.generated += 1
+                    yield token
+                    if run.stats.generated == max_tokens:
+                        return
+                run.clock.skip()
+                run.note([token for token, _, _ in batch[:-1]])
+                left = max_tokens - run.stats.generated - 1
+                batch = run.round(batch[-1][0], draft_depth if max_tokens < 0 else min(draft_depth, left))
+        finally:
+            if prompt_cache is not None and run.is_settled:
+                run.close(batch, used)
+
+
+def plain_generate_step(
+    prompt: mx.array, model: Any, stream: Any = None, *, stats: DecodeStats | None = None, **options: Any
+) -> Generator[Token, None, None]:
+    """mlx-lm's `generate_step` with the same tuples and statistics: (token, log-probabilities [V], False).
+
+    `options` are those of `generate_step`; `sampling` is taken as well, in place of `sampler`.
+    """
+    from mlx_lm.generate import generate_step
+
+    sampling: Sampling | None = options.pop("sampling", None)
+    if sampling is not None:
+        options["sampler"] = sampling.sampler()
+    counted = stats if stats is not None else DecodeStats()
+    counted.prompt_tokens = int(prompt.size)
+    clock = _Clock(counted)
+    place = {} if stream is None else {"stream": stream}
+    for token, logprobs in generate_step(prompt, model, **place, **options):
+        clock.charge("backbone_seconds" if counted.generated else "prompt_seconds")
+        counted.passes += counted.generated > 0
+        counted.generated += 1
+        yield int(token), logprobs, False
+        clock.charge("other_seconds")

@@ -1,0 +1,102 @@
+"""Equal input and options give equal bytes: whatever the number of workers, and however often the run was killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import support_run as s
+
+KILLS = 10
+KILL_CONFIG = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 2048}
+SHARD = "60MB"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return s.tiny(tmp_path_factory.mktemp("same") / "source")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 400 MB in all kinds of tensors, so that a run lasts long enough to be killed in its midst."""
+    return s.tiny(tmp_path_factory.mktemp("large") / "source", experts=64, **KILL_CONFIG)
+
+
+@pytest.mark.parametrize("layout", ["inline", "universal"])
+@pytest.mark.parametrize("hashing", [True, False])
+def test_the_number_of_workers_does_not_change_a_byte(source: Path, layout: str, hashing: bool, tmp_path: Path) -> None:
+    seen = []
+    for jobs in (1, 2, 7):
+        out = tmp_path / str(jobs)
+        s.run(source, out, layout=layout, hashing=hashing, jobs=jobs, max_shard_bytes=1_000_000)
+        seen.append(s.contents(out))
+    assert len(seen[0]) > 8 and seen[0] == seen[1] == seen[2]
+
+
+def test_the_place_of_source_and_result_does_not_change_a_byte(source: Path, tmp_path: Path) -> None:
+    elsewhere = s.copied(source, tmp_path / "a" / "deep" / "place")
+    s.run(source, tmp_path / "one")
+    s.run(elsewhere, tmp_path / "two")
+    assert s.contents(tmp_path / "one") == s.contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("size", [1_000_000, 2_500_000, 10**12])
+def test_any_shard_size_holds_the_same_tensors_and_verifies(source: Path, size: int, tmp_path: Path) -> None:
+    out, plain = tmp_path / "mlx", tmp_path / "plain"
+    s.run(source, out, max_shard_bytes=size)
+    s.run(source, plain)
+    assert s.wrong(out, source) == []
+    ours, others = s.stored(out), s.stored(plain)
+    assert set(ours) == set(others)
+    assert all(ours[n].raw().tobytes() == others[n].raw().tobytes() for n in ours)
+    largest = max(t.size for t in ours.values())
+    assert all(p.stat().st_size <= max(size, largest) * 1.1 + 100_000 for p in out.glob("*.safetensors"))
+
+
+def writing(command: list[str | Path], out: Path, kill_after: float | None = None) -> tuple[float, bool]:
+    """Run the command; return the seconds that it wrote, and whether it was killed -9 (`kill_after` seconds of that)."""
+    child = s.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    manifest, state = out / "ds4convert_manifest.json", out / ".ds4convert" / "journal.jsonl"
+    while child.poll() is None and not state.exists() and not manifest.exists():
+        time.sleep(0.001)
+    began = time.monotonic()
+    if kill_after is None:
+        assert child.wait() == 0
+    else:
+        try:
+            child.wait(kill_after)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+    return time.monotonic() - began, child.wait() != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--hash", "--no-hash"])
+def test_a_run_killed_at_ten_random_moments_gives_the_folder_of_an_unbroken_run(
+    large: Path, option: str, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = [option, "--max-shard-size", SHARD]
+    took, _ = writing(["quantize", large, whole, *options], whole)
+    wanted, moments = s.contents(whole), random.Random(3)
+    kills = in_the_midst = tries = 0
+    while kills < KILLS:
+        tries += 1
+        assert tries < 5 * KILLS, f"only {kills} of {tries} runs lasted until they were killed ({took:.2f} s)"
+        _, killed = writing(["quantize", large, out, *options], out, moments.uniform(0, took))
+        kills += killed
+        in_the_midst += killed and any(out.glob("*.partial"))
+        if not killed:  # it got to its end before: one more chain of kills, from the beginning
+            assert s.contents(out) == wanted
+            shutil.rmtree(out)
+    done = json.loads(s.cli("quantize", large, out, *options, "--json").stdout)
+    assert s.contents(out) == wanted
+    assert in_the_midst >= KILLS // 2 and done["manifest"] == str(out / "ds4convert_manifest.json")
