@@ -15,12 +15,16 @@ from typing import Any
 from tests.support import INDEX, frame
 
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 31, 2**31, 2**32, 2**48, 2**53, 2**63, 2**64, 10**30, -(2**63), 1.5, -0.0, 1e308,
-    "", "a", "..", "../x.safetensors", "/etc/passwd", "\u00b2", "\u202e", "\x1b[2J", "x" * 3000, "\ud800", "I8", "BF16",
+    None, True, False, 0, -1, 1, 2, 3, 7, 31, 2**31, 2**32, 2**48, 2**53, 2**63, 2**64, 10**30, -(2**63), 1.5,
+    -0.0, 1e308, "", "a", "..", "../x.safetensors", "/etc/passwd", "\u00b2", "\u202e", "\x1b[2J", "x" * 3000,
+    "\ud800", "I8", "BF16",
     "F8_E4M3", "deepseek_v4", "fp4", "fp8", "mtp.0.x", "mtp.999.x", "mtp.\u00b2.x", "__metadata__", [], {}, [[]], [{}],
     [0], [0, 0], [1, 0], [2**63, 2**63], ["a"], {"a": 1}, [[[[]]]], [0] * 200,
 ]  # fmt: skip
-BYTES = [b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u", b"\\ud83d", b"e999", b"-", b"9" * 50, b"NaN", b"\xf0\x9f\x98\x80"]  # fmt: skip
+BYTES = [
+    b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u", b"\\ud83d", b"e999",
+    b"-", b"9" * 50, b"NaN", b"\xf0\x9f\x98\x80",
+]  # fmt: skip
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

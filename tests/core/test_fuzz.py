@@ -97,12 +97,13 @@ def test_ten_thousand_damaged_checkpoints_are_refused_or_converted_right(clean: 
     codes = fuzz_range(range(start, start + NIGHTLY_CASES), clean, tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(
-        f"\n{codes.total()} cases from seed {start}: {codes[3]} refused, {codes[0]} converted and verified; peak {peak} MB"
+        f"\n{codes.total()} cases from seed {start}: {codes[3]} refused, "
+        f"{codes[0]} converted and verified; peak {peak} MB"
     )
     assert codes.total() == NIGHTLY_CASES >= 10_000
 
 
-# --- kept finds: tests/attacks/NAME.json says what was damaged and how it has to be refused -----------------------------
+# --- kept finds: tests/attacks/NAME.json says what was damaged and how it has to be refused ---
 
 
 @pytest.mark.parametrize("path", sorted(ATTACKS.glob("*.json")), ids=lambda p: p.stem)
@@ -130,7 +131,7 @@ def test_kept_attacks_stay_refused(path: Path, clean: Path, tmp_path: Path) -> N
         support.assert_refused(result, attack["message"])
 
 
-# --- giants: memory and time of the process -------------------------------------------------------------------------------
+# --- giants: memory and time of the process ---
 
 
 def sparse(path: Path, length: int, size: int) -> None:
@@ -208,7 +209,8 @@ def write_giant(kind: str, folder: Path) -> None:
 
 GIANTS = [
     "sparse header of 99 MB", "90 MB of opening brackets", "2 million opening brackets", "90 MB of commas",
-    "an emoji in 50 MB of text", "an emoji in 15 MB of text", "one name of 99 MB", "one name of 79 MB", "a number of 79 MB",
+    "an emoji in 50 MB of text", "an emoji in 15 MB of text", "one name of 99 MB", "one name of 79 MB",
+    "a number of 79 MB",
     "an integer of 79 MB", "79 MB of spaces", "as many flat keys as are accepted", "two million empty lists",
     "as many short texts as are accepted", "a shape of a million axes", "150,000 valid tensors",
     "two files of 140,000 valid tensors", "an index of 90 MB", "the largest index that is accepted",

@@ -96,7 +96,7 @@ def test_roles_say_what_each_tensor_is() -> None:
     assert roles["mtp.0.e_proj.weight"].startswith("mtp") and roles["layers.0.attn_norm.weight"] == "norm"
 
 
-# --- storage -------------------------------------------------------------------------------------------------------------
+# --- storage ---
 
 
 def expert_specs(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -130,7 +130,7 @@ def test_a_config_without_fp8_means_bf16_everywhere() -> None:
     ]
 
 
-# --- recognition ---------------------------------------------------------------------------------------------------------
+# --- recognition ---
 
 
 def infos(inventory: Inventory, skip: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
@@ -207,7 +207,7 @@ def test_a_dspark_head_under_a_config_without_its_keys_is_refused_naming_them() 
 def test_a_head_of_no_known_kind_and_one_of_two_kinds_are_refused() -> None:
     config = check_config(mini_config())
     found = infos(expected(config), skip=("mtp.0.e_proj",))
-    with pytest.raises(InventoryError, match="exactly one kind of head: classic .* found none of them"):
+    with pytest.raises(InventoryError, match=r"exactly one kind of head: classic .* found none of them"):
         recognise(config, found)
     both = infos(expected(config)) | infos(expected(check_config(dspark_config())))
     with pytest.raises(InventoryError, match="found classic and dspark"):
