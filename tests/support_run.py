@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            out[name] = f"link to {os.readlink(path)}"
+            out[name] = f"link to {path.readlink()}"
         elif path.is_file():
             out[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
