@@ -91,8 +91,8 @@ def _check_untouched(state: Path) -> None:
     names = sorted(p.name for p in state.parent.iterdir() if not p.name.startswith("."))
     if names:
         raise OutputError(
-            f"{state.parent}: {state.name}/{PLAN_NAME} cannot be read, so what is here ({', '.join(names[:5])}) may be of "
-            "other settings; choose another folder, or add --overwrite to start over"
+            f"{state.parent}: {state.name}/{PLAN_NAME} cannot be read, so what is here ({', '.join(names[:5])}) may be "
+            "of other settings; choose another folder, or add --overwrite to start over"
         )
 
 

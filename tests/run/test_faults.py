@@ -107,7 +107,7 @@ class Recorder(Disk):
         self.left, self.after, self.failed = n, [], False
 
     def sync_data(self, fd: int) -> None:
-        if os.readlink(f"/proc/self/fd/{fd}").endswith("safetensors.partial"):
+        if Path(f"/proc/self/fd/{fd}").readlink().name.endswith("safetensors.partial"):
             self.left -= 1
             if self.left == 0:
                 self.failed = True
