@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import os
 import sys
 import traceback
@@ -14,6 +16,10 @@ from ds4convert.errors import Ds4Error
 
 def main() -> None:
     """Run the command line and exit. No traceback reaches the user unless `-vv` was given."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is escaped, not a failure
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    gc.set_threshold(200_000, 20, 20)  # headers make hundreds of thousands of objects, and hardly any cycles
     session = Session()
     sys.exit(_run(session))
 

@@ -33,7 +33,7 @@ class Session:
 
     def emit(self, facts: Any, text: str) -> None:
         """Print the result: one JSON document, or text for people."""
-        click.echo(json.dumps(facts, ensure_ascii=False) if self.as_json else text)
+        click.echo(json.dumps(facts) if self.as_json else text)
 
     def note(self, text: str) -> None:
         """Say something on the way, on standard error."""

@@ -7,7 +7,9 @@
     │   ├── ConfigError         config.json missing, malformed, or contradicting the tensors
     │   ├── InventoryError      tensors missing, extra or misshapen
     │   ├── ValueFault          a stored value that no format allows (NaN code, NaN scale)
-    │   └── OutputError         the output folder holds something that is not ours to touch
+    │   ├── OutputError         the output folder holds something that is not ours to touch
+    │   ├── PromptError         (inference/chat.py) messages that the prompt format cannot express
+    │   └── ReplyError          (inference/chat.py) a reply that the prompt format does not allow
     └── EnvironmentFault    4   disk, permission, network: what to do next is in the message
 
 A message says what was wrong, where (file, tensor, byte range), what was expected, and what to do next.

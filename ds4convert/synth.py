@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ds4convert import strictjson
 from ds4convert.config import ModelConfig, check_config, parse_config
-from ds4convert.errors import OutputError, UsageError
+from ds4convert.errors import EnvironmentFault, OutputError, UsageError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.headers import DTYPE_BYTES, build_header
 from ds4convert.inventory import Inventory, TensorSpec, expected
@@ -84,21 +84,23 @@ def write(
     config = check_config(raw)
     if out.exists() and (not out.is_dir() or any(os.scandir(out))):
         raise OutputError(f"{out}: is not an empty folder; choose another")
-    shards = _shards(expected(config))
-    total = sum(_size(s) for shard in shards for s in shard)
+    groups = shards(expected(config))
+    total = sum(tensor_bytes(s) for shard in groups for s in shard)
     if free_bytes(out) < total:
-        raise UsageError(f"{out}: {total:,} bytes are needed, {free_bytes(out):,} are free; use --layers or --experts")
-    names = file_names("model", len(shards), True)
+        raise EnvironmentFault(
+            f"{out}: {total:,} bytes are needed, {free_bytes(out):,} are free; use --layers or --experts"
+        )
+    names = file_names("model", len(groups), True)
     with disk_errors("writing", out):
         disk.make_folder(out)
         with ThreadPoolExecutor(jobs) as pool:
             tasks = [
                 pool.submit(_write_shard, disk, out / n, s, config, seed, progress)
-                for n, s in zip(names, shards, strict=True)
+                for n, s in zip(names, groups, strict=True)
             ]
             for task in tasks:
                 task.result()
-        weight_map = {s.name: n for n, shard in zip(names, shards, strict=True) for s in shard}
+        weight_map = {s.name: n for n, shard in zip(names, groups, strict=True) for s in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         disk.write_file(out / "model.safetensors.index.json", strictjson.pretty(index))
         disk.write_file(out / "config.json", strictjson.pretty(raw))
@@ -112,14 +114,15 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
 
 def total_bytes(raw: Mapping[str, Any]) -> int:
     """Return the bytes of all tensors of the checkpoint that `write` would make of this config."""
-    return sum(_size(s) for s in expected(check_config(raw)).tensors())
+    return sum(tensor_bytes(s) for s in expected(check_config(raw)).tensors())
 
 
-def _size(spec: TensorSpec) -> int:
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Return the bytes of a tensor in its usual dtype."""
     return math.prod(spec.shape) * DTYPE_BYTES[spec.dtypes[0]]
 
 
-def _shards(inventory: Inventory) -> list[list[TensorSpec]]:
+def shards(inventory: Inventory) -> list[list[TensorSpec]]:
     """Return the tensors of each shard, in the order of their bytes: wider dtypes first, then by name."""
     groups: dict[tuple[int, int], list[TensorSpec]] = {}
     layers = inventory.config.layers
@@ -143,9 +146,9 @@ def _write_shard(
     seed: int,
     progress: Callable[[int], None],
 ) -> None:
-    header = build_header(((s.name, s.dtypes[0], s.shape, _size(s)) for s in specs), {"format": "pt"})
+    header = build_header(((s.name, s.dtypes[0], s.shape, tensor_bytes(s)) for s in specs), {"format": "pt"})
     partial = path.with_name(path.name + PARTIAL)
-    fd = disk.open_partial(partial, len(header) + sum(_size(s) for s in specs))
+    fd = disk.open_partial(partial, len(header) + sum(tensor_bytes(s) for s in specs))
     try:
         disk.write_at(fd, header, 0)
         at = len(header)

@@ -116,8 +116,7 @@ class Compressor(nn.Module):
         if overlap:
             half = values.shape[-1] // 2
             values, gates = (
-                mx.concatenate([part[:, :-1, :, :half], part[:, 1:, :, half:]], axis=2)
-                for part in (values, gates)
+                mx.concatenate([part[:, :-1, :, :half], part[:, 1:, :, half:]], axis=2) for part in (values, gates)
             )
         return (mx.softmax(gates, axis=2) * values).sum(axis=2)
 
@@ -198,9 +197,7 @@ class Attention(nn.Module):
         queries = mx.fast.rms_norm(queries, None, self.eps)
         return rotate(queries, step.table(self.rope))
 
-    def _take_in(
-        self, x: mx.array, low: mx.array, cache: LayerCache, step: Step
-    ) -> tuple[mx.array, mx.array] | None:
+    def _take_in(self, x: mx.array, low: mx.array, cache: LayerCache, step: Step) -> tuple[mx.array, mx.array] | None:
         """Feed both compressors; returns the indexer's queries where choosing will be needed."""
         if cache.main is None:
             return None

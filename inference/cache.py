@@ -143,9 +143,7 @@ class LayerCache:
         """
         target = self.offset - count
         if target < 0 or not self._reaches(target):
-            raise ValueError(
-                f"cannot take back {count} of {self.offset} tokens: at most {SPARE + 1} are held"
-            )
+            raise ValueError(f"cannot take back {count} of {self.offset} tokens: at most {SPARE + 1} are held")
         self.offset = target
         return count
 

@@ -48,9 +48,7 @@ class DraftingModel(Protocol):
     def __call__(self, inputs: mx.array, cache: Any = None, return_hidden: bool = False) -> Any:
         """(logits [1, L, V], hidden [1, L, ...]) with `return_hidden`."""
 
-    def mtp_forward(
-        self, hidden: mx.array, next_tokens: mx.array, mtp_cache: Any, return_hidden: bool = False
-    ) -> Any:
+    def mtp_forward(self, hidden: mx.array, next_tokens: mx.array, mtp_cache: Any, return_hidden: bool = False) -> Any:
         """(logits [1, L, V], hidden [1, L, ...]) with `return_hidden`."""
 
     def make_cache(self) -> list[Any]:
@@ -189,9 +187,7 @@ class _Run:
             self.due = []
 
     def _backbone_pass(self, tokens: list[int]) -> tuple[mx.array, mx.array]:
-        result: tuple[mx.array, mx.array] = self.model(
-            mx.array([tokens]), cache=self.backbone, return_hidden=True
-        )
+        result: tuple[mx.array, mx.array] = self.model(mx.array([tokens]), cache=self.backbone, return_hidden=True)
         return result
 
     # -- one round ------------------------------------------------------------------------------------------

@@ -242,9 +242,7 @@ class SwitchLinear(nn.Module):
         back = mx.argsort(mx.array(order))
         return mx.concatenate(parts)[back].reshape(*shape, 1, -1)
 
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-    ) -> nn.Module:
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> nn.Module:
         """The same matrices, quantized; called by mlx.nn.quantize."""
         return QuantizedSwitchLinear(self.weight, group_size, bits, mode)
 

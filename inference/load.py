@@ -150,9 +150,7 @@ def read_args(config: dict[str, Any], where: str) -> ModelArgs:
         raise ConfigError(f"{where}/config.json: {error}") from None
 
 
-def _quantization_table(
-    config: dict[str, Any], weights: dict[str, mx.array], where: str
-) -> dict[str, dict[str, Any]]:
+def _quantization_table(config: dict[str, Any], weights: dict[str, mx.array], where: str) -> dict[str, dict[str, Any]]:
     """Format of each module stored packed, by our module path; what the source's own scales made is left
     out.
     """
@@ -162,8 +160,7 @@ def _quantization_table(
     stated = config.get("quantization")
     if not isinstance(stated, dict):
         sourced = (
-            isinstance(config.get("quantization_config"), dict)
-            and "quant_method" in config["quantization_config"]
+            isinstance(config.get("quantization_config"), dict) and "quant_method" in config["quantization_config"]
         )
         if packed and not sourced:
             raise ConfigError(
@@ -177,9 +174,7 @@ def _quantization_table(
     for path in packed:
         chosen = exact.get(path, default)
         if not isinstance(chosen, dict) or not chosen:
-            raise ConfigError(
-                f"{where}/config.json: `quantization` says nothing of {path}, which is stored packed"
-            )
+            raise ConfigError(f"{where}/config.json: `quantization` says nothing of {path}, which is stored packed")
         table[path] = {key: chosen[key] for key in ("group_size", "bits", "mode") if key in chosen}
     return table
 
@@ -192,12 +187,9 @@ def check_inventory(model: Model, weights: dict[str, mx.array], where: str) -> N
     from mlx.utils import tree_flatten
 
     expected = dict(tree_flatten(model.parameters()))
-    problems = [
-        f"{name}: missing, expected {_shown(expected[name])}" for name in sorted(expected.keys() - weights)
-    ]
+    problems = [f"{name}: missing, expected {_shown(expected[name])}" for name in sorted(expected.keys() - weights)]
     problems += [
-        f"{name}: not part of the model, found {_shown(weights[name])}"
-        for name in sorted(weights.keys() - expected)
+        f"{name}: not part of the model, found {_shown(weights[name])}" for name in sorted(weights.keys() - expected)
     ]
     for name in sorted(expected.keys() & weights.keys()):
         wanted, found = expected[name], weights[name]
@@ -232,17 +224,13 @@ def _with_drafter(
     if isinstance(own.get("quantization"), dict):
         table = dict(config.get("quantization") or {})
         defaults = {
-            key: own["quantization"][key]
-            for key in ("group_size", "bits", "mode")
-            if key in own["quantization"]
+            key: own["quantization"][key] for key in ("group_size", "bits", "mode") if key in own["quantization"]
         }
         for name in head:
             if name.endswith(".scales"):
                 table[name.removesuffix(".scales")] = defaults
         table |= {
-            _drafter_name(key): value
-            for key, value in own["quantization"].items()
-            if isinstance(value, dict | bool)
+            _drafter_name(key): value for key, value in own["quantization"].items() if isinstance(value, dict | bool)
         }
         merged["quantization"] = table
     return merged, weights | head

@@ -45,9 +45,7 @@ class Sampling:
         """mlx-lm's sampler with these settings."""
         from mlx_lm.sample_utils import make_sampler
 
-        made: Sampler = make_sampler(
-            self.temp, self.top_p, self.min_p, self.min_tokens_to_keep, top_k=self.top_k
-        )
+        made: Sampler = make_sampler(self.temp, self.top_p, self.min_p, self.min_tokens_to_keep, top_k=self.top_k)
         return made
 
     def logits(self, logprobs: mx.array) -> mx.array:

@@ -38,11 +38,7 @@ BLOCK_NAMES = {
     "hc_ffn": "ffn_hc",
     "weight_scale_inv": "scale",
     "sinks": "attn_sink",
-    **{
-        f"hc_{part}_{leaf}": f"{part}_hc.{leaf}"
-        for part in ("attn", "ffn")
-        for leaf in ("fn", "base", "scale")
-    },
+    **{f"hc_{part}_{leaf}": f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")},
     **{f"hc_head_{leaf}": f"hc_head.{leaf}" for leaf in ("fn", "base", "scale")},
 }
 

@@ -173,7 +173,7 @@ def run(*arguments: object) -> Result:
 
 def run_process(*arguments: object, **options: Any) -> Result:
     """Run the program as a process of its own; `options` go to `subprocess.run`."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | options.pop("variables", {})
     command = [sys.executable, "-m", "ds4convert", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False, **options)
     return Result(done.returncode, done.stdout, done.stderr)

@@ -98,9 +98,7 @@ def sort_results(turns: list[dict[str, Any]]) -> None:
     for turn in turns:
         if turn.get("role") == "assistant" and turn.get("tool_calls"):
             calls = enumerate(turn["tool_calls"])
-            position = {
-                name: at for at, call in calls if (name := call.get("id") or call["function"].get("id"))
-            }
+            position = {name: at for at, call in calls if (name := call.get("id") or call["function"].get("id"))}
         elif turn.get("role") == "user" and position:
             slots = [at for at, block in enumerate(turn["blocks"]) if block[0] == "result"]
             results = sorted((turn["blocks"][at] for at in slots), key=lambda b: position.get(b[2], 0))
@@ -150,9 +148,7 @@ def block_text(block: tuple[str, Any, Any]) -> str:
             raise Refused("user content")
         return content
     if isinstance(content, list):
-        content = "\n\n".join(
-            p["text"] if p["type"] == "text" else f"[Unsupported {p['type']}]" for p in content
-        )
+        content = "\n\n".join(p["text"] if p["type"] == "text" else f"[Unsupported {p['type']}]" for p in content)
     return f"<tool_result>{content}</tool_result>"
 
 

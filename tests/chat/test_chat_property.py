@@ -85,15 +85,9 @@ def calls(draw):
 
 @st.composite
 def messages(draw):
-    role = draw(
-        st.sampled_from(
-            ["system", "developer", "latest_reminder", *["user", "assistant", "tool"] * 3, "user"]
-        )
-    )
+    role = draw(st.sampled_from(["system", "developer", "latest_reminder", *["user", "assistant", "tool"] * 3, "user"]))
     role = "critic" if draw(st.integers(0, 40)) == 40 else role
-    nullable = (
-        st.one_of(st.none(), TEXT) if role in ("system", "assistant", "latest_reminder", "tool") else TEXT
-    )
+    nullable = st.one_of(st.none(), TEXT) if role in ("system", "assistant", "latest_reminder", "tool") else TEXT
     if draw(st.integers(0, 40)) == 40:
         nullable = st.none()
     message = {"role": role, "content": draw(nullable), "task": draw(TASKS), "mask": 1}
@@ -192,9 +186,7 @@ def test_control_characters_in_json_texts_are_not_json(code):
     assert by_renderer(talk, thinking_mode="chat") == encode(talk, "chat")
 
 
-@pytest.mark.parametrize(
-    "low", ["", "\\udc00", "\\udfff", "\\ue000", "\\ud800", "x\\udc00", "\\udc0", "\\\\udc00"]
-)
+@pytest.mark.parametrize("low", ["", "\\udc00", "\\udfff", "\\ue000", "\\ud800", "x\\udc00", "\\udc0", "\\\\udc00"])
 @pytest.mark.parametrize("high", ["\\ud800", "\\uDBFF", "\\udc00", "\\ud7ff", "\\\\ud800", "\\ud83d\\ud83d"])
 def test_surrogates_join_as_in_python(high, low):
     text = f'{{"a": "{high}{low}"}}'

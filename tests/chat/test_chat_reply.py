@@ -30,10 +30,7 @@ def block(*invokes, end="</｜DSML｜tool_calls>" + EOS):
 
 
 def calls(*functions):
-    return [
-        {"type": "function", "function": {"name": name, "arguments": arguments}}
-        for name, arguments in functions
-    ]
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in functions]
 
 
 # the official replies
@@ -81,9 +78,7 @@ def test_eos_is_optional_after_a_block(end):
 
 
 def test_values_that_are_not_strings_stay_as_written():
-    text = block(
-        invoke(parameter("a", "[1,2]", "false"), parameter("b", "tru", "false"), parameter("c", '"'))
-    )
+    text = block(invoke(parameter("a", "[1,2]", "false"), parameter("b", "tru", "false"), parameter("c", '"')))
     assert parse_reply(text, "chat")["tool_calls"] == calls(("f", r'{"a": [1,2], "b": tru, "c": "\""}'))
 
 
@@ -177,9 +172,7 @@ def test_errors_say_where_and_what_and_belong_to_the_tree():
 
 # the way back
 
-SPECIAL = st.sampled_from(
-    ["", "\n", "\n\n", "<", "/", '"', "\\", '">\n', "true", "1", "é中😀\u2028", "</x>", ">"]
-)
+SPECIAL = st.sampled_from(["", "\n", "\n\n", "<", "/", '"', "\\", '">\n', "true", "1", "é中😀\u2028", "</x>", ">"])
 TEXT = st.lists(st.one_of(SPECIAL, st.text(max_size=4)), max_size=4).map("".join)
 VALUE = st.recursive(
     st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False)),
@@ -188,9 +181,7 @@ VALUE = st.recursive(
 )
 # A name behind which the format's own marks would be read otherwise has no way back.
 NAME = TEXT.filter(lambda name: '">\n' not in name)
-CALL = st.tuples(
-    NAME, st.dictionaries(TEXT, VALUE, max_size=3).map(lambda v: json.dumps(v, ensure_ascii=False))
-)
+CALL = st.tuples(NAME, st.dictionaries(TEXT, VALUE, max_size=3).map(lambda v: json.dumps(v, ensure_ascii=False)))
 
 
 @settings(max_examples=300, deadline=None)

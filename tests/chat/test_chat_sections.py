@@ -165,13 +165,9 @@ def test_old_developers_and_unknown_roles_go_as_a_whole():
 
 
 def test_null_and_missing_contents_are_empty():
+    assert chat(message("system", None), user(), assistant(None, reasoning_content=None)) == f"{U}q{A}</think>{E}"
     assert (
-        chat(message("system", None), user(), assistant(None, reasoning_content=None))
-        == f"{U}q{A}</think>{E}"
-    )
-    assert (
-        chat({"role": "user"}, {"role": "system"}, {"role": "tool"})
-        == f"{U}{U}<tool_result></tool_result>{A}</think>"
+        chat({"role": "user"}, {"role": "system"}, {"role": "tool"}) == f"{U}{U}<tool_result></tool_result>{A}</think>"
     )
     assert think(user(), {"role": "assistant"}) == f"{U}q{A}<think></think>{E}"
 
@@ -400,9 +396,7 @@ def test_thinking_switches(variables, thinks):
     assert text == f"{B}{U}q{A}" + ("<think>" if thinks else "</think>")
 
 
-@pytest.mark.parametrize(
-    "variables", [{"thinking_mode": "deep"}, {"thinking": "yes"}, {"reasoning_effort": "lots"}]
-)
+@pytest.mark.parametrize("variables", [{"thinking_mode": "deep"}, {"thinking": "yes"}, {"reasoning_effort": "lots"}])
 def test_unknown_switches_are_refused_in_hosts_too(variables):
     from jinja2 import TemplateError
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,12 @@ def test_a_nan_stops_the_run_by_tensor_and_index_and_the_result_stays_unfinished
 
 
 def test_an_expert_number_out_of_range_in_tid2eid_stops_the_run(source: Path, tmp_path: Path) -> None:
-    tensors(lambda t: setattr(t["layers.0.ffn.gate.tid2eid"], "data", b"\x03" + t["layers.0.ffn.gate.tid2eid"].data[1:]))(source)
-    assert_refused(run("quantize", source, tmp_path / "out"), "layers.0.ffn.gate.tid2eid: element [0, 0] is 3, expected 0 to 2")
+    tensors(
+        lambda t: setattr(t["layers.0.ffn.gate.tid2eid"], "data", b"\x03" + t["layers.0.ffn.gate.tid2eid"].data[1:])
+    )(source)
+    assert_refused(
+        run("quantize", source, tmp_path / "out"), "layers.0.ffn.gate.tid2eid: element [0, 0] is 3, expected 0 to 2"
+    )
 
 
 # --- places --------------------------------------------------------------------------------------------------------------
@@ -454,7 +459,12 @@ def test_a_damaged_drafter_config_never_crashes_a_command(text: bytes, mini_sour
     out = tmp_path / "out"
     assert run("quantize", mini_source, out, "--layout", "universal").code == 0
     (out / "mtp" / "config.json").write_bytes(text)
-    for command in (("verify", out), ("verify", out, "--source", mini_source), ("inspect", out), ("diff", mini_source, out)):
+    for command in (
+        ("verify", out),
+        ("verify", out, "--source", mini_source),
+        ("inspect", out),
+        ("diff", mini_source, out),
+    ):
         result = run(*command)
         assert result.code in {0, 1, 3} and "this is a bug" not in result.err, (command, result.err)
     assert run("verify", out).code == 1
@@ -521,7 +531,9 @@ USAGE = [
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
-def test_wrong_usage_ends_with_code_2_and_writes_nothing(arguments: list[str], mini_source: Path, tmp_path: Path) -> None:
+def test_wrong_usage_ends_with_code_2_and_writes_nothing(
+    arguments: list[str], mini_source: Path, tmp_path: Path
+) -> None:
     places = {"SRC": str(mini_source), "OUT": str(tmp_path / "out")}
     result = run(*(places.get(a, a) for a in arguments))
     assert result.code == 2, result
@@ -529,21 +541,35 @@ def test_wrong_usage_ends_with_code_2_and_writes_nothing(arguments: list[str], m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_folder_is_a_fault_of_the_environment(mini_source: Path) -> None:
-    """As an ordinary user, also where the tests run as root, who may write anywhere."""
-    nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+@contextlib.contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Drop the right to write anywhere, where the tests run as root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_an_unwritable_folder_and_an_unreadable_file_are_faults_of_the_environment(mini_source: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         copy = support.copy_folder(mini_source, folder / "source")
+        assert run("plan", copy).code == 0  # and all modules are loaded
         (folder / "locked").mkdir(mode=0o555)
-        result = run_process("quantize", copy, folder / "locked" / "out", **nobody)
+        (copy / "tokenizer.json").write_text("{}")
+        with ordinary_user():
+            result = run("quantize", copy, folder / "locked" / "out")
         assert_refused(result, "locked", "Permission denied", "run the same command again", code=4)
         assert list((folder / "locked").iterdir()) == []
         (copy / LAYER_1).chmod(0)
-        if nobody:
-            result = run_process("inspect", copy, **nobody)
-            assert_refused(result, f"{LAYER_1}: cannot be opened: Permission denied", code=4)
+        with ordinary_user():
+            result = run("inspect", copy)
+        assert_refused(result, f"{LAYER_1}: cannot be opened: Permission denied", code=4)
 
 
 def test_a_disk_without_room_is_a_fault_of_the_environment_before_anything_is_written(mini_source: Path) -> None:

@@ -40,7 +40,9 @@ def test_a_config_that_is_no_json_object_is_refused(raw: bytes, message: str) ->
     assert message in refusal(raw)
 
 
-@pytest.mark.parametrize("value", ["deepseek_v3", "DEEPSEEK_V4", "", None, 4, ["deepseek_v4"], {"a": 1}, "deepseek_v4\n"])
+@pytest.mark.parametrize(
+    "value", ["deepseek_v3", "DEEPSEEK_V4", "", None, 4, ["deepseek_v4"], {"a": 1}, "deepseek_v4\n"]
+)
 def test_a_wrong_model_type_is_refused_naming_the_known_ones(value: Any) -> None:
     text = refusal(json.dumps(tiny_config() | {"model_type": value}).encode())
     assert "model_type is" in text and "expected one of: deepseek_v4" in text
@@ -91,7 +93,10 @@ def test_a_missing_size_is_refused_by_key(key: str) -> None:
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt/scale_fmt other than e4m3/ue8m0"),
         ({"quantization_config": {"quant_method": "fp8", "scale_fmt": "f32"}}, "fmt/scale_fmt other than e4m3/ue8m0"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size is [128]"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "weight_block_size is [0, 128]"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+            "weight_block_size is [0, 128]",
+        ),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 1.5]}}, "weight_block_size is"),
         ({"dspark_target_layer_ids": [1], "dspark_markov_rank": "x"}, "dspark_markov_rank must be a whole number"),
         ({"dspark_target_layer_ids": 3, "dspark_markov_rank": 8}, "dspark_target_layer_ids must be a list"),
@@ -140,7 +145,9 @@ def test_junk_in_any_key_gives_a_config_or_a_config_error(changes: dict[str, Any
         assert str(e).startswith("config.json: ") and len(str(e)) < 1000
 
 
-@pytest.mark.parametrize("expression", ["D-1", "D**2", "D/2", "X", "f(D)", "D if D else 1", "'a'", "1.5", "D.x", "D[0]"])
+@pytest.mark.parametrize(
+    "expression", ["D-1", "D**2", "D/2", "X", "f(D)", "D if D else 1", "'a'", "1.5", "D.x", "D[0]"]
+)
 def test_a_shape_expression_knows_only_dims_and_three_operations(expression: str) -> None:
     with pytest.raises(ConfigError, match="not a declared dim"):
         evaluate(expression, {"D": 4})

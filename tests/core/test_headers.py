@@ -20,9 +20,9 @@ from ds4convert.folder import read_header
 from ds4convert.shards import Draft, place, split
 from tests.support import frame
 
-NAMES = st.text(
-    st.characters(exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30
-).filter(lambda n: n != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30).filter(
+    lambda n: n != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 DTYPES = st.sampled_from(sorted(headers.DTYPE_BYTES))
 ENTRIES = st.dictionaries(NAMES, st.tuples(DTYPES, SHAPES), max_size=8)
@@ -228,7 +228,9 @@ def test_two_tensors_over_the_same_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_gap_between_tensors_is_refused(tmp_path: Path) -> None:
-    text = refusal(tmp_path, frame({"a": entry(shape=[1], offsets=[0, 1]), "b": entry(shape=[2], offsets=[2, 4])}, DATA))
+    text = refusal(
+        tmp_path, frame({"a": entry(shape=[1], offsets=[0, 1]), "b": entry(shape=[2], offsets=[2, 4])}, DATA)
+    )
     assert text == "m.safetensors: b: starts at data byte 2, expected 1; it leaves a gap before it"
 
 
@@ -321,7 +323,10 @@ def index(value: Any) -> bytes:
         (index({"weight_map": {}}), "has no weight_map"),
         (index({"weight_map": ["a"]}), "has no weight_map"),
         (index({"weight_map": {"a": 3}}), "a: weight_map gives 3, expected a file name"),
-        (index({"weight_map": {"a": ["m.safetensors"]}}), "a: weight_map gives ['m.safetensors'], expected a file name"),
+        (
+            index({"weight_map": {"a": ["m.safetensors"]}}),
+            "a: weight_map gives ['m.safetensors'], expected a file name",
+        ),
         (index({"weight_map": {"a": {}}}), "a: weight_map gives {}, expected a file name"),
         (index({"weight_map": {"a": None}}), "a: weight_map gives None, expected a file name"),
         (b'{"weight_map":{"a":"m.safetensors","a":"n.safetensors"}}', "occurs twice"),
@@ -356,9 +361,11 @@ def test_a_good_index_gives_its_weight_map() -> None:
 # --- strict JSON -----------------------------------------------------------------------------------------------------------
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-        st.characters(exclude_categories=("Cs",)), max_size=8
-    ),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",)), max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=20,
 )

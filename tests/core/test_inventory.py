@@ -125,7 +125,9 @@ def test_expert_dtype_bf16_means_bf16_without_scales() -> None:
 
 def test_a_config_without_fp8_means_bf16_everywhere() -> None:
     specs = list(expected(check_config(mini_config(expert_dtype=None, quantization_config=None))).tensors())
-    assert {s.dtypes[0] for s in specs} == {"BF16", "F32", "I64"} and not [s for s in specs if s.name.endswith(".scale")]
+    assert {s.dtypes[0] for s in specs} == {"BF16", "F32", "I64"} and not [
+        s for s in specs if s.name.endswith(".scale")
+    ]
 
 
 # --- recognition ---------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_a_dspark_head_under_a_config_without_its_keys_is_refused_naming_them() 
 def test_a_head_of_no_known_kind_and_one_of_two_kinds_are_refused() -> None:
     config = check_config(mini_config())
     found = infos(expected(config), skip=("mtp.0.e_proj",))
-    with pytest.raises(InventoryError, match="exactly one kind of head: classic .* found none of them"):
+    with pytest.raises(InventoryError, match=r"exactly one kind of head: classic .* found none of them"):
         recognise(config, found)
     both = infos(expected(config)) | infos(expected(check_config(dspark_config())))
     with pytest.raises(InventoryError, match="found classic and dspark"):
@@ -261,7 +263,13 @@ def test_only_copies_of_shared_tensors_under_the_head_may_be_left_out() -> None:
     family = shipped("tiny").family
     assert "backbone's embedding" in (ignored_reason(family, "mtp.0.emb.tok_emb.weight") or "")
     assert "backbone's output matrix" in (ignored_reason(family, "mtp.0.head.weight") or "")
-    for name in ("mtp.0.e_proj.weight", "layers.0.head.weight", "head.weight", "mtp.x.head.weight", "mtp.0.tail.weight"):
+    for name in (
+        "mtp.0.e_proj.weight",
+        "layers.0.head.weight",
+        "head.weight",
+        "mtp.x.head.weight",
+        "mtp.0.tail.weight",
+    ):
         assert ignored_reason(family, name) is None
 
 

@@ -155,7 +155,9 @@ def test_every_scale_with_every_code_equals_the_product_in_exact_arithmetic() ->
     for byte in range(255):
         scale = math.ldexp(1.0, byte - 127)
         exact8 = np.array([e4m3_by_formula(c) * scale for c in range(256)])  # float64 holds each exactly
-        exact4 = np.array([fp4_by_formula(c) * scale for c in np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1).ravel()])
+        exact4 = np.array(
+            [fp4_by_formula(c) * scale for c in np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1).ravel()]
+        )
         with np.errstate(over="ignore"):
             assert np.array_equal(fp8[byte], exact8.astype(np.float32), equal_nan=True), byte
             assert np.array_equal(fp4[byte], exact4.astype(np.float32)), byte

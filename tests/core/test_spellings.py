@@ -328,14 +328,18 @@ def test_a_layout_whose_hosts_load_no_dspark_says_so_before_the_first_byte(layou
     assert tree(tmp_path) == before
 
 
-COPIES = {"mtp.0.emb.tok_emb.weight": "embedding", "mtp.0.head.weight": "output matrix", "mtp.0.embed.weight": "embedding"}
+COPIES = {
+    "mtp.0.emb.tok_emb.weight": "embedding",
+    "mtp.0.head.weight": "output matrix",
+    "mtp.0.embed.weight": "embedding",
+}
 
 
 def test_copies_of_embedding_and_output_under_the_head_are_left_out_with_the_reason(tmp_path: Path) -> None:
     config = mini_config()
     plain = support.write_synth(tmp_path / "s", config)
     tensors = support.read_folder(plain)
-    extra = {n: tensors["embed.weight"] for n in COPIES}
+    extra = dict.fromkeys(COPIES, tensors["embed.weight"])
     source = support.write_folder(tmp_path / "t", tensors | extra, config)
     facts = converted(source, tmp_path / "b")
     told = {x["tensor"]: x["why"] for x in facts["left_out"]}
@@ -368,7 +372,9 @@ def test_a_head_of_two_stages_is_carried_over(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_head_converts_when_the_config_promises_none(tmp_path: Path) -> None:
-    source = support.write_synth(tmp_path / "s", mini_config(num_nextn_predict_layers=0, compress_ratios=[0, 4, 128, 4]))
+    source = support.write_synth(
+        tmp_path / "s", mini_config(num_nextn_predict_layers=0, compress_ratios=[0, 4, 128, 4])
+    )
     facts = converted(source, tmp_path / "o")
     assert facts["head"] == "none" and facts["left_out"] == []
     assert check_config(config_of(tmp_path / "o"), is_mlx=True).stages == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ class Source:
     def put(self, data: bytes, cuts: int = 1) -> tuple[ByteRange, ...]:
         marks = sorted({0, len(data), *(int(m) for m in self._rng.integers(0, len(data) + 1, cuts - 1))})
         out = []
-        for low, high in zip(marks, marks[1:], strict=False):
+        for low, high in itertools.pairwise(marks):
             front = int(self._rng.integers(0, 50))
             self.files.append(b"\xff" * front + data[low:high] + b"\xff" * 3)
             out.append(ByteRange(len(self.files) - 1, front, high - low))
@@ -194,9 +195,7 @@ def test_fp8_to_bf16_equals_mlx_dequantizing_the_native_output(
 
 @given(st.integers(1, 4), st.integers(1, 50), st.integers(1, 6), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_fp4_to_bf16_equals_mlx_dequantizing_the_native_output(
-    experts: int, rows: int, groups: int, seed: int
-) -> None:
+def test_fp4_to_bf16_equals_mlx_dequantizing_the_native_output(experts: int, rows: int, groups: int, seed: int) -> None:
     rng, cols = np.random.default_rng(seed), groups * 32
     source = Source(rng)
     weights = rng.integers(0, 256, (experts, rows, cols // 2), dtype=np.uint8)
@@ -269,7 +268,9 @@ def test_dequantizing_a_large_matrix_reads_and_writes_small_pieces() -> None:
     found = result(step, source)
     assert max(r.size for r in source.reads) <= CHUNK_BYTES
     scales = blocks.mx_scales(grid, rows, cols, (128, 128))
-    assert np.array_equal(np.frombuffer(found, "<u2").reshape(rows, cols), mlx_values(weights, scales, "mxfp8", mx.bfloat16))
+    assert np.array_equal(
+        np.frombuffer(found, "<u2").reshape(rows, cols), mlx_values(weights, scales, "mxfp8", mx.bfloat16)
+    )
 
 
 # --- faults -------------------------------------------------------------------------------------------------------------
@@ -290,7 +291,9 @@ def test_a_nan_code_anywhere_in_a_tensor_of_many_chunks_is_named_with_its_index(
     source = Source(np.random.default_rng(0))
     step = make_step("copy_e4m3", [source.put(bytes(data))], [(rows, cols)], len(data))
     text = fault(step, source)
-    assert text.startswith(f"weight.0: element [{place // cols}, {place % cols}] is NaN in FP8 E4M3 (byte 0x{code:02X})")
+    assert text.startswith(
+        f"weight.0: element [{place // cols}, {place % cols}] is NaN in FP8 E4M3 (byte 0x{code:02X})"
+    )
 
 
 def test_the_nan_codes_are_all_that_copy_e4m3_refuses() -> None:
@@ -328,7 +331,9 @@ def test_a_fault_in_a_stack_names_the_experts_own_tensor_and_the_index_in_it(tra
     if transform.endswith("bf16"):
         width = cols if transform == "fp8_to_bf16" else cols // 2
         weights = source.put(bytes(experts * rows * width))
-        step = make_step(transform, [weights, bad], [(rows, width), shape], experts * rows * cols * 2, experts, **geometry)
+        step = make_step(
+            transform, [weights, bad], [(rows, width), shape], experts * rows * cols * 2, experts, **geometry
+        )
         name = f"scale.{expert}"
     else:
         step, name = make_step(transform, [bad], [shape], 1, experts, **geometry), f"weight.{expert}"

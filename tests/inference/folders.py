@@ -43,9 +43,7 @@ def head_spelling(name: str, layout: str) -> str:
     return prefix + OFFICIAL_HC.get(tail, tail)
 
 
-def write(
-    folder: Path, name: str, layout: str = "inline", recipe: dict | None = None, manifest: bool = True
-) -> Path:
+def write(folder: Path, name: str, layout: str = "inline", recipe: dict | None = None, manifest: bool = True) -> Path:
     """A converted folder; layouts inline, mtplx, block, drafter (in `mtp/`), none (head stripped, still
     promised).
     """

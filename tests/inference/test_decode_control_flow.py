@@ -80,9 +80,7 @@ def test_every_pattern_of_acceptances_gives_the_plain_tokens_and_a_clean_state(d
     stats = DecodeStats()
     accepted = [len(list(itertools.takewhile(bool, pattern))) for pattern in patterns]
     total = 1 + sum(accepted) + len(patterns)
-    steps = mtp_generate_step(
-        prompt(), model, draft_depth=depth, max_tokens=-1, prompt_cache=cache, stats=stats
-    )
+    steps = mtp_generate_step(prompt(), model, draft_depth=depth, max_tokens=-1, prompt_cache=cache, stats=stats)
     tokens, flags = [], []
     for token, logprobs, from_draft in itertools.islice(steps, total):
         assert logprobs.shape == (VOCAB,) and int(logprobs.argmax()) == token
@@ -152,9 +150,7 @@ def test_processors_see_the_tokens_before_each_row(depth: int) -> None:
         seen.append(tokens.tolist())
         return logits
 
-    steps = mtp_generate_step(
-        prompt(), model, draft_depth=depth, max_tokens=30, logits_processors=[processor]
-    )
+    steps = mtp_generate_step(prompt(), model, draft_depth=depth, max_tokens=30, logits_processors=[processor])
     assert [token for token, _, _ in steps] == TRUTH[5:35]
     for tokens in seen:
         wrong = [n for n, token in enumerate(tokens) if token != TRUTH[n]]

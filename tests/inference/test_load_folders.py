@@ -68,9 +68,7 @@ def test_sibling_and_named_drafter_folders_are_found(tmp_path: Path) -> None:
     ids=lambda recipe: f"{recipe['mode']}-{recipe['bits']}",
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_quantization_runs_and_equals_its_dense_values(
-    tmp_path: Path, recipe: dict, dtype: str
-) -> None:
+def test_every_quantization_runs_and_equals_its_dense_values(tmp_path: Path, recipe: dict, dtype: str) -> None:
     """Everything quantized, embedding and output matrix included; packed products equal dense ones."""
     folder = write(tmp_path / "out", NAME, recipe=recipe)
     ids = golden(NAME)["p1.input_ids"][None, :40]

@@ -142,9 +142,7 @@ def test_first_drafts_agree_with_the_golden_drafts(name: str) -> None:
             accepted, drafted = accepted + match[position], drafted + 1
             position += 1 + match[position]
         stats = DecodeStats()
-        mx.eval(
-            [token for token, _, _ in mtp_generate_step(g[f"p{i}.input_ids"], m, max_tokens=41, stats=stats)]
-        )
+        mx.eval([token for token, _, _ in mtp_generate_step(g[f"p{i}.input_ids"], m, max_tokens=41, stats=stats)])
         assert (stats.drafted, stats.accepted) == (drafted, accepted)
 
 

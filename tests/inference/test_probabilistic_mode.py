@@ -126,9 +126,7 @@ def test_rule_alone_keeps_the_distribution_of_every_row(temp: float, top_p: floa
     settings = Sampling(temp=temp, top_p=top_p)
     for row in range(VOCAB):
         both = [part[row : row + 1] - mx.logsumexp(part[row : row + 1]) for part in (BACKBONE, HEAD)]
-        p, q = (
-            mx.broadcast_to(mx.softmax(settings.logits(part), axis=-1), (SAMPLES, VOCAB)) for part in both
-        )
+        p, q = (mx.broadcast_to(mx.softmax(settings.logits(part), axis=-1), (SAMPLES, VOCAB)) for part in both)
         drafts = mx.random.categorical(mx.log(q))
         kept = sampling.accept(p, q, drafts, mx.random.uniform(shape=(SAMPLES,)))
         tokens = mx.where(kept, drafts, mx.random.categorical(mx.log(sampling.residual(p, q))))
@@ -152,9 +150,7 @@ def test_first_and_second_tokens_are_distributed_as_without_drafts(settings: Sam
     [Sampling(temp=1.0, min_p=0.1), Sampling(temp=1.3, top_k=4), Sampling(temp=1.0, top_p=0.9)],
     ids=repr,
 )
-def test_every_transition_of_long_runs_is_distributed_as_without_drafts(
-    settings: Sampling, depth: int
-) -> None:
+def test_every_transition_of_long_runs_is_distributed_as_without_drafts(settings: Sampling, depth: int) -> None:
     mx.random.seed(11)
     table = probabilities(settings)
     steps = mtp_generate_step(mx.array([0]), Chain(), draft_depth=depth, max_tokens=SHORT, sampling=settings)
@@ -189,9 +185,7 @@ def test_wrong_acceptance_rule_is_found_out(rule: str, monkeypatch: pytest.Monke
 def test_exact_match_with_a_random_sampler_keeps_the_distribution_too() -> None:
     mx.random.seed(3)
     settings = Sampling(temp=0.7, top_p=0.9)
-    steps = mtp_generate_step(
-        mx.array([0]), Chain(), draft_depth=2, max_tokens=SHORT, sampler=settings.sampler()
-    )
+    steps = mtp_generate_step(mx.array([0]), Chain(), draft_depth=2, max_tokens=SHORT, sampler=settings.sampler())
     line = [0] + [token for token, _, _ in steps]
     for start in range(VOCAB):
         after = [b for a, b in itertools.pairwise(line) if a == start]

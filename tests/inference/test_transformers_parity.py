@@ -93,9 +93,7 @@ def pair() -> tuple:
     with torch.no_grad():
         for name, value in [*theirs.named_parameters(), *theirs.named_buffers()]:
             if name.endswith("tid2eid"):
-                ids = [
-                    torch.randperm(SETTINGS["n_routed_experts"])[:3] for _ in range(SETTINGS["vocab_size"])
-                ]
+                ids = [torch.randperm(SETTINGS["n_routed_experts"])[:3] for _ in range(SETTINGS["vocab_size"])]
                 value.copy_(torch.stack(ids))
             elif "norm" in name and value.ndim == 1:
                 value.copy_(1 + 0.2 * torch.randn_like(value))
@@ -115,9 +113,7 @@ def pair() -> tuple:
 @pytest.mark.parametrize("length", [1, 3, 23, 130, 300])
 def test_prefill_logits_agree(pair: tuple, length: int) -> None:
     theirs, model = pair
-    ids = torch.randint(
-        0, SETTINGS["vocab_size"], (1, length), generator=torch.Generator().manual_seed(length)
-    )
+    ids = torch.randint(0, SETTINGS["vocab_size"], (1, length), generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
         wanted = mx.array(theirs(ids, use_cache=True).logits.numpy())
     found = model(mx.array(ids.numpy()))

@@ -80,9 +80,7 @@ def write(folder: Path, cfg: Config, weights: Mapping[str, Tensor], shards: int)
     of about equal size.
     """
     groups: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    encoded = [
-        (t.name, _encode(t.name, t.kind, weights[t.name].detach().contiguous())) for t in inventory(cfg)
-    ]
+    encoded = [(t.name, _encode(t.name, t.kind, weights[t.name].detach().contiguous())) for t in inventory(cfg)]
     total_backbone = sum(_nbytes(tensors) for name, tensors in encoded if not name.startswith("mtp."))
     done = 0
     for name, tensors in encoded:

@@ -85,9 +85,7 @@ class Acceptance:
     loop: float  # share of the drafts that a draft/verify loop makes
     loop_by_prompt: list[float]
     distinct: float  # distinct 4-token runs of the generated text, as a share of all: 1 is no repetition
-    index_ties: (
-        float  # share of selecting queries whose last selected and first dropped indexer scores are equal
-    )
+    index_ties: float  # share of selecting queries whose last selected and first dropped indexer scores are equal
     texts: list[tuple[str, str]]  # (prompt, continuation)
 
 

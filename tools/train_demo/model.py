@@ -214,9 +214,7 @@ def attention(cfg: Config, w: Weights, prefix: str, x: Tensor, ratio: int, trace
     qr = rms(F.linear(x, w[f"{p}.wq_a.weight"]), w[f"{p}.q_norm.weight"], cfg.eps)
     q = F.linear(qr, w[f"{p}.wq_b.weight"]).unflatten(-1, (cfg.heads, cfg.head_dim))
     q = rope(rms(q, None, cfg.eps), positions, frequencies) * cfg.head_dim**-0.5
-    kv = rope(
-        rms(F.linear(x, w[f"{p}.wkv.weight"]), w[f"{p}.kv_norm.weight"], cfg.eps), positions, frequencies
-    )
+    kv = rope(rms(F.linear(x, w[f"{p}.wkv.weight"]), w[f"{p}.kv_norm.weight"], cfg.eps), positions, frequencies)
 
     padding = -length % cfg.window
     blocks = (length + padding) // cfg.window
@@ -241,9 +239,7 @@ def attention(cfg: Config, w: Weights, prefix: str, x: Tensor, ratio: int, trace
         blocked = F.pad(~allowed.expand(batch, -1, -1), (0, 0, 0, padding), value=True)
         columns.append(far.masked_fill(blocked.unflatten(1, (blocks, cfg.window))[:, :, :, None], NEGATIVE))
     probabilities = torch.cat(columns, dim=-1).softmax(-1)
-    p_near, _, p_far = probabilities.split(
-        (2 * cfg.window, 1, probabilities.shape[-1] - 2 * cfg.window - 1), -1
-    )
+    p_near, _, p_far = probabilities.split((2 * cfg.window, 1, probabilities.shape[-1] - 2 * cfg.window - 1), -1)
     o = (p_near.flatten(2, 3) @ near_keys).unflatten(2, (cfg.window, cfg.heads)).flatten(1, 2)
     if ratio:
         o = o + (p_far.flatten(1, 3) @ entries).unflatten(1, (-1, cfg.heads))
@@ -311,9 +307,7 @@ def moe(cfg: Config, w: Weights, prefix: str, x: Tensor, ids: Tensor, trace: Tra
     back[order] = torch.arange(len(order))
     routed = torch.cat(outputs)[back].unflatten(0, chosen.shape)
     shared = {m: w[f"{p}.shared_experts.{m}.weight"] for m in ("w1", "w2", "w3")}
-    y = F.linear(
-        swiglu(F.linear(flat, shared["w1"]), F.linear(flat, shared["w3"]), cfg.swiglu_limit), shared["w2"]
-    )
+    y = F.linear(swiglu(F.linear(flat, shared["w1"]), F.linear(flat, shared["w3"]), cfg.swiglu_limit), shared["w2"])
     return (y + (share.unsqueeze(-2) @ routed).squeeze(-2)).view_as(x)
 
 
@@ -347,6 +341,4 @@ def mtp(cfg: Config, w: Weights, streams: Tensor, next_ids: Tensor, trace: Trace
     n = rms(streams, w[f"{prefix}.hnorm.weight"], cfg.eps)
     z = F.linear(e, w[f"{prefix}.e_proj.weight"]).unsqueeze(2) + F.linear(n, w[f"{prefix}.h_proj.weight"])
     z = block(cfg, w, prefix, ratio, z, next_ids, trace or Trace())
-    return F.linear(
-        rms(hc_head(cfg, w, f"{prefix}.", z), w[f"{prefix}.norm.weight"], cfg.eps), w["head.weight"]
-    )
+    return F.linear(rms(hc_head(cfg, w, f"{prefix}.", z), w[f"{prefix}.norm.weight"], cfg.eps), w["head.weight"])

@@ -30,9 +30,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 class Optimizer:
     """Steps `muon` tensors ([out, in] or [experts, out, in]) with Muon and `adam` groups with AdamW."""
 
-    def __init__(
-        self, muon: list[Tensor], adam: list[dict], lr: float, momentum: float, decay: float
-    ) -> None:
+    def __init__(self, muon: list[Tensor], adam: list[dict], lr: float, momentum: float, decay: float) -> None:
         self.adam = torch.optim.AdamW(adam, betas=(0.9, 0.97), eps=1e-10, weight_decay=0.0, foreach=True)
         self.base_rates = [group["lr"] for group in self.adam.param_groups]
         self.lr, self.momentum, self.decay = lr, momentum, decay

@@ -53,9 +53,7 @@ def initial_weights(cfg: Config, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def _initial(
-    cfg: Config, name: str, shape: tuple[int, ...], number: int, generator: torch.Generator
-) -> Tensor:
+def _initial(cfg: Config, name: str, shape: tuple[int, ...], number: int, generator: torch.Generator) -> Tensor:
     leaf = name.rsplit(".", 1)[-1]
     normal = torch.randn(shape, generator=generator)
     if leaf == "tid2eid":
@@ -104,9 +102,7 @@ def on_grids(cfg: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the exported files will hold, with straight-through gradients to the master weights."""
     with torch.no_grad():
         rounded = {t.name: checkpoint.on_grid(weights[t.name], t.kind) for t in inventory(cfg)}
-    return {
-        name: w if w is rounded[name] else w + (rounded[name] - w.detach()) for name, w in weights.items()
-    }
+    return {name: w if w is rounded[name] else w + (rounded[name] - w.detach()) for name, w in weights.items()}
 
 
 def make_optimizer(cfg: Config, weights: dict[str, Tensor], recipe: Recipe) -> Optimizer:
@@ -123,9 +119,7 @@ def make_optimizer(cfg: Config, weights: dict[str, Tensor], recipe: Recipe) -> O
     return Optimizer(muon, adam, recipe.muon_lr, recipe.momentum, recipe.decay)
 
 
-def losses(
-    cfg: Config, w: dict[str, Tensor], ids: Tensor, trace: model.Trace
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def losses(cfg: Config, w: dict[str, Tensor], ids: Tensor, trace: model.Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows [B, T + 2]: backbone's loss, head's on the text, head against backbone, their agreement."""
     logits, streams = model.backbone(cfg, w, ids[:, :-2], trace)
     draft = model.mtp(cfg, w, streams, ids[:, 1:-1], trace)
@@ -170,17 +164,13 @@ def train(source: Path, folder: Path, recipe: Recipe) -> None:
         length = recipe.long if phase else recipe.short
         trace = model.Trace(sparse=bool(phase), want_indexer_loss=True)
         w = on_grids(cfg, weights) if phase else weights
-        lm, truth, divergence, agreement = losses(
-            cfg, w, rows.batch(recipe.tokens // length, length + 2), trace
-        )
+        lm, truth, divergence, agreement = losses(cfg, w, rows.batch(recipe.tokens // length, length + 2), trace)
         loss = lm + recipe.mtp_truth[phase] * truth + recipe.mtp_backbone[phase] * divergence
         (loss + sum(trace.indexer_losses) + sum(trace.tie_losses)).backward()
         factor = learning_rate(recipe, step)
         optimizer.step(factor)
         balance_experts(weights, trace.loads, recipe.balance * factor)
-        seen = torch.stack(
-            (lm, truth, divergence, agreement, sum(trace.indexer_losses), sum(trace.tie_losses))
-        )
+        seen = torch.stack((lm, truth, divergence, agreement, sum(trace.indexer_losses), sum(trace.tie_losses)))
         mean = torch.lerp(mean, seen.detach(), 1 / min(step + 1, 20))
         if step % 50 == 0 or step == recipe.steps - 1:
             values = " ".join(f"{name} {value:.3f}" for name, value in zip(LOG, mean.tolist(), strict=True))
