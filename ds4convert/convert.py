@@ -16,6 +16,7 @@ from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
+from ds4convert.layouts import layouts
 from ds4convert.manifest import MANIFEST_NAME
 from ds4convert.sidefiles import CARRIED, survey
 from ds4convert.types import Plan
@@ -59,7 +60,7 @@ def recognised(checkpoint: Checkpoint) -> Source:
 
 def make_plan(source: Source, options: plans.Options) -> Plan:
     """Return the plan for converting `source`. Raises `InputError` with every difference found."""
-    side = survey(source.checkpoint.path)
+    side = survey(source.checkpoint.path, source.inventory.config.family.name)
     return plans.build(source.inventory, source.named, source.checkpoint.files, options, side)
 
 
@@ -81,8 +82,8 @@ def _ours(name: str) -> bool:
         MANIFEST_NAME,
         STATE_FOLDER,
         "mtp",
-        "ds4_mlx_model.py",
     } | CARRIED
+    fixed |= {layout.model_file for layout in layouts().values() if layout.model_file}
     return plain in fixed or (plain.startswith("model") and plain.endswith(".safetensors"))
 
 
