@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: checkpoints, folders as digests, the command line as a process, a reader of its own.
+"""What the tests of whole runs share: checkpoints, folders as digests, the command line as a process, a reader.
 
 The decoder and the header reader here are written from architecture.md section 10 and the safetensors README, not
 from our modules: an error in ours does not hide itself.
@@ -105,7 +105,7 @@ def run(
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below `folder`, hidden ones too, by relative name; a link counts as its target."""
+    """Return the sha256 of every file below `folder`, hidden ones too, by relative name; a link is its target."""
     out = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
