@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @dataclass
@@ -290,32 +291,64 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
 @cli.command()
 @click.argument("mlx_dir", type=PATH)
 @click.option("--source", metavar="SRC", help="Compare every tensor with this source checkpoint.")
+@click.option("--mtp", is_flag=True, help="Decode with and without the head: acceptance, speed, equality, verdict.")
 @click.option(
     "--level",
-    type=click.Choice(["structure", "source"]),
-    help="How far to look. [default: source with --source, else structure]",
+    type=click.Choice(["structure", "source", "numerics", "decode"]),
+    help="How far to look. [default: decode with --mtp, source with --source, else structure]",
 )
+@click.option("--prompts", type=FILE, metavar="FILE", help="One prompt a line, or a JSON list; ids: [1,2,3] or 1,2,3.")
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens per prompt.")
+@click.option("--draft-depth", type=click.IntRange(1, 8), default=1, show_default=True, help="Drafts per pass.")
+@click.option("--reference", type=FILE, metavar="FILE.safetensors", help="Compare with recordings, in float32.")
+@click.option("--atol", type=click.FloatRange(0), default=2e-4, show_default=True, help="Of logits; hidden: x 1.5.")
+@click.option("--rtol", type=click.FloatRange(0), default=0.0, show_default=True, help="Relative to the recording.")
+@click.option("--report", "page", type=PATH, metavar="FILE.html", help="Write one self-contained page.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32 where memory allows]")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
 @common()
-def verify(session: Session, mlx_dir: Path, source: str | None, level: str | None, jobs: int) -> int:
+def verify(
+    session: Session, mlx_dir: Path, source: str | None, level: str | None, page: Path | None, **options: Any
+) -> int:
     """Check a converted folder: finished, complete, unaltered, and equal to its source. Exit code 1 if not.
 
     \b
     Example: ds4convert verify DeepSeek-V4-Flash-mlx --source DeepSeek-V4-Flash
+             ds4convert verify DeepSeek-V4-Flash-mlx --mtp --draft-depth 2 --report flash.html
+
+    \b
+    --mtp says one of:
+      works        acceptance 10 % or more and 1.5 times that of always proposing the commonest
+                   token; the same against the backbone's choices on the prompts (5 %, 1.5 times);
+                   below 40 % it is called weak (published heads: 59 to 82 %)
+      useless      below that: wrong kind of head, over-quantized, wired wrongly; exit code 1
+      scrambled    exchanging two parts of the head (norms, projections, matrices of two experts)
+                   brings it nearer to the backbone by 3 standard errors, or each of two experts
+                   fits the other's matrix by 3.5 standard errors; exit code 1
+      no head      and whether it never had one, was dropped, or was stripped; exit code 1
+      numerics off NaN or infinite values; decoding differs from prefill by over 0.002 in float32
+                   (bfloat16: median KL over 0.005); perplexity of the best text over a quarter of
+                   the vocabulary; greedy text with the head differs where the top-2 margin is over
+                   0.001 in float32 (bfloat16: 0.5); exit code 1
+
+    Altered bytes are named by the manifest's digests, unless it was written with --no-hash. Acceptance cannot see
+    every exchange: in a folder whose manifest was recomputed after a change, only --source or --reference can tell
+    for certain.
     """
-    from ds4convert import report
+    from ds4convert import html_report, mtp_check, report
     from ds4convert import verify as verifying
 
-    if level == "source" and source is None:
-        raise click.UsageError("--level source needs --source SRC")
-    if level == "structure" and source is not None:
-        raise click.UsageError("--level structure does not look at a source; leave out --source")
+    reached = mtp_check.level_of(level, options["mtp"], source is not None)
+    depth = options.pop("draft_depth")
+    given = _local(source) if source else None
+    request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)
     with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
-        checks = verifying.structure(mlx_dir, jobs, progress)
-        if source is not None:
-            checks += verifying.against_source(mlx_dir, _local(source), jobs, progress)
-    session.emit(verifying.as_json(checks), report.checks(checks))
-    return 0 if all(c.ok for c in checks) else 1
+        outcome = mtp_check.run(request, session.note, progress)
+    if page is not None:
+        html_report.write(page, mlx_dir, outcome)
+        session.note(f"Report: {page}")
+    session.emit(outcome.as_json(), report.verification(outcome.checks, outcome.facts))
+    return 0 if all(c.ok for c in outcome.checks) else 1
 
 
 @cli.command()

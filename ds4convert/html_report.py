@@ -1,0 +1,3 @@
+"""stub"""
+def write(page: object, folder: object, outcome: object) -> None:
+    """."""
