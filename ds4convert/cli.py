@@ -295,7 +295,7 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
 @click.option(
     "--level",
     type=click.Choice(["structure", "source", "numerics", "decode"]),
-    help="How far to look. [default: decode with --mtp, source with --source, else structure]",
+    help="How far to look. [default: decode with --mtp or --report, source with --source, else structure]",
 )
 @click.option("--prompts", type=FILE, metavar="FILE", help="One prompt a line, or a JSON list; ids: [1,2,3] or 1,2,3.")
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens per prompt.")
@@ -338,7 +338,7 @@ def verify(
     from ds4convert import html_report, mtp_check, report
     from ds4convert import verify as verifying
 
-    reached = mtp_check.level_of(level, options["mtp"], source is not None)
+    reached = mtp_check.level_of(level, options["mtp"], source is not None, page is not None)
     depth = options.pop("draft_depth")
     given = _local(source) if source else None
     request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)
