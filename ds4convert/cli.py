@@ -318,7 +318,7 @@ def verify(
 
     \b
     --mtp says one of:
-      works        acceptance 10 % or more and 1.5 times that of always proposing the commonest
+      works        acceptance of first drafts at least 10 % and 1.5 times that of always proposing the commonest
                    token; the same against the backbone's choices on the prompts (5 %, 1.5 times);
                    below 40 % it is called weak (published heads: 59 to 82 %)
       useless      below that: wrong kind of head, over-quantized, wired wrongly; exit code 1
@@ -345,7 +345,7 @@ def verify(
     with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
         outcome = mtp_check.run(request, session.note, progress)
     if page is not None:
-        html_report.write(page, mlx_dir, outcome)
+        html_report.write(page, mlx_dir, outcome.as_json())
         session.note(f"Report: {page}")
     session.emit(outcome.as_json(), report.verification(outcome.checks, outcome.facts))
     return 0 if all(c.ok for c in outcome.checks) else 1

@@ -60,7 +60,8 @@ class Outcome:
 
     def as_json(self) -> JSON:
         """Return everything, `ok` and `checks` first."""
-        return _speakable({**verify.as_json(self.checks), **self.facts})
+        facts: JSON = _speakable({**verify.as_json(self.checks), **self.facts})
+        return facts
 
 
 def _speakable(value: Any) -> Any:
@@ -73,7 +74,10 @@ def _speakable(value: Any) -> Any:
 
 
 def level_of(level: str | None, mtp: bool, source: bool, report: bool = False) -> str:
-    """Return the level to check at (a report shows decoding unless told otherwise); raises `UsageError` where the options contradict each other."""
+    """Return the level to check at (a report shows decoding unless told otherwise).
+
+    Raises `UsageError` where the options contradict each other.
+    """
     if level == "source" and not source:
         raise UsageError("--level source needs --source SRC")
     if level == "structure" and source:

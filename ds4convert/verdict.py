@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from ds4convert.inference.wiring import Wiring
 
 USELESS = 0.10
-"""Acceptance below which a head is useless (published: 59 % before, 4 % after over-quantization), or below CHANCE."""
+"""Acceptance of first drafts below which a head is useless, unless CHANCE asks for more.
+
+Published: 59 % before and 4 % after over-quantization."""
 
 WEAK = 0.40
-"""Acceptance below which a working head is called weak (published heads at one draft: 59 to 82 %)."""
+"""Acceptance of first drafts below which a working head is called weak (published heads at one draft: 59 to 82 %)."""
 
 CHANCE = 1.5
 """A head has to be this many times better than one that always proposes the commonest token."""
@@ -93,9 +95,9 @@ def useless_reason(runs: Runs, forced: Forced) -> str:
     asked as well.
     """
     limit = max(USELESS, CHANCE * min(runs.common_token_share, 0.5))
-    if runs.drafted and runs.acceptance < limit:
+    if runs.drafted and runs.first_acceptance < limit:
         return (
-            f"acceptance {runs.acceptance:.1%} is at chance (limit {limit:.0%}): a head of the wrong kind, "
+            f"acceptance {runs.first_acceptance:.1%} is at chance (limit {limit:.0%}): a head of the wrong kind, "
             "over-quantized, or wired wrongly"
         )
     limit = max(FORCED_USELESS, CHANCE * min(forced.chance, 0.5))
@@ -161,7 +163,9 @@ def verdict(
 
 
 def _healthy(runs: Runs) -> str:
-    quality = "works" if runs.acceptance >= WEAK else "works, but weakly (published heads: 59 to 82 %; see --source)"
+    quality = (
+        "works" if runs.first_acceptance >= WEAK else "works, but weakly (published heads: 59 to 82 %; see --source)"
+    )
     ratio = runs.mtp_rate_tok_s / runs.plain_rate_tok_s if runs.plain_rate_tok_s else 0.0
     pace = f"{ratio:.2f} times the speed of plain decoding here"
     if ratio < 1:

@@ -215,6 +215,12 @@ class Runs:
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
+    def first_acceptance(self) -> float:
+        """Acceptance of the first draft of each pass, which says of the head the same at every draft depth."""
+        drafted, accepted = self.positions()[0]
+        return accepted / drafted if drafted else 0.0
+
+    @property
     def tokens_per_pass(self) -> float:
         """1 + mean accepted drafts per backbone pass."""
         return 1.0 + self.accepted / self.passes if self.passes else 1.0
