@@ -37,8 +37,9 @@ p{margin:0 0 8px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;margin:0 0 16px}
 .tile,section{background:var(--card);padding:12px 14px;border-radius:6px}
 .tile strong{display:block;font-size:1.5rem;line-height:1.2}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;align-items:start}
-.wide{margin-top:16px}
+.cards{columns:2 420px;column-gap:16px}
+.cards section{break-inside:avoid;margin-bottom:16px}
+.wide{margin-bottom:16px}
 svg{display:block;width:100%;max-width:560px;height:auto;margin-top:6px}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--fg)}
 svg .v{text-anchor:end;font-variant-numeric:tabular-nums}
@@ -199,10 +200,11 @@ def _divergence(facts: JSON) -> str:
         return _section("KL against the source", "Left out: the source does not fit in the free memory.", "")
     out = []
     for part, d in facts["kl"].items():
-        bars = [Bar(name, value, f"{value:.2g}") for name, value in d["per_prompt"].items()]
+        bars = [Bar(name, value, f"{value:.2g}") for name, value in d["per_prompt"].items() if d["maximum"]]
         equal = f"first choice equal at {d['argmax_equal']:.1%}"
         note = f"mean {d['mean']:.2g}, largest {d['maximum']:.2g} over {d['positions']} positions; {equal}"
-        out.append(f'<p class="dim">{escape(part)}: {escape(note)}</p>' + chart(f"Median KL, {part}", bars))
+        drawn = chart(f"Median KL, {part}", bars) if bars else ""
+        out.append(f"<p>{escape(part)}: {escape(note)}</p>{drawn}")
     return _section("KL against the source", "Nats, median of each prompt; 0 is equal.", "".join(out))
 
 

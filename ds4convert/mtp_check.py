@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds4convert import logical, mtp_facts, prompts, verdict, verify
 from ds4convert.errors import Ds4Error, InputError, UsageError
-from ds4convert.folder import resolve_inside
-from ds4convert.types import JSON
+from ds4convert.folder import read_checkpoint, resolve_inside
+from ds4convert.types import JSON, TensorInfo
 from ds4convert.verify import Check
 
 if TYPE_CHECKING:
@@ -153,26 +153,35 @@ def _name_altered(request: Request, out: Outcome) -> None:
 
 
 def altered_tensors(folder: Path, record: JSON) -> list[str]:
-    """Return the names of tensors whose bytes differ from their digest in the manifest (xxh3-128, where hashed)."""
-    import xxhash
+    """Return the names of tensors whose bytes differ from their digest in the manifest (xxh3-128, where hashed).
 
+    A tensor that only moved within its file is not altered.
+    """
+    try:
+        checkpoint = read_checkpoint(folder)
+    except Ds4Error:
+        return []
+    found = {(checkpoint.file_names[t.file], t.name): t for t in checkpoint.tensors()}
     out = []
     for r in record["tensors"]:
-        digest = r.get("xxh3_128")
-        if not isinstance(digest, str):
+        t = found.get((r["file"], r["name"]))
+        if t is None or not isinstance(r.get("xxh3_128"), str):
             continue
-        try:
-            with resolve_inside(folder, r["file"]).open("rb") as f:
-                f.seek(r["offset"])
-                state, left = xxhash.xxh3_128(), r["bytes"]
-                while left and (data := f.read(min(left, verify.HASH_CHUNK))):
-                    state.update(data)
-                    left -= len(data)
-        except (OSError, Ds4Error):
-            continue  # named by the check of files
-        if state.hexdigest() != digest:
-            out.append(str(r["name"]))
+        if _digest(folder, r["file"], t) != r["xxh3_128"]:
+            out.append(t.name)
     return out
+
+
+def _digest(folder: Path, file: str, t: TensorInfo) -> str:
+    import xxhash
+
+    state, left = xxhash.xxh3_128(), t.size
+    with resolve_inside(folder, file).open("rb") as f:
+        f.seek(t.start)
+        while left and (data := f.read(min(left, verify.HASH_CHUNK))):
+            state.update(data)
+            left -= len(data)
+    return str(state.hexdigest())
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
@@ -375,8 +384,9 @@ def _judge(
     """Add the checks of the head, the `mtp` object and its verdict."""
     if not model.head.present:
         kind = model.head.kind
-        reason = _absence(model, request.folder)
-        sentence = f"No MTP head to draft with: {reason}." if kind == "none" else f"The head was not run: {reason}."
+        sentence = f"No MTP head to draft with: {_absence(model, request.folder)}."
+        if kind != "none":
+            sentence = f"The head is of the {kind} kind, which this version keeps and checks but does not run."
         out.facts["mtp"] = mtp_facts.without_figures(kind, request.folder, kind != "none", sentence)
         out.add("head works", [sentence], "")
         return
