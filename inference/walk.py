@@ -175,6 +175,7 @@ class Walk:
         mx.eval(self._embedded)
         self.streams = [mx.repeat(x[:, :, None], self.args.hc_mult, axis=2) for x in self._embedded]
         mx.eval(self.streams)
+        self._check_finite(self._embedded, "model.embed_tokens", {"model.embed_tokens": self._embed_tokens})
         if not self.head.present:
             self._embedded = []
         self._embed_tokens = None
@@ -186,7 +187,7 @@ class Walk:
         if number + 1 == self.args.num_hidden_layers:
             collapse, norm = self._finish
             self.collapsed = [norm(collapse(x))[0] for x in self.streams]
-            mx.eval(self.collapsed)
+            self._check_finite(self.collapsed, "model.norm", {"model.hc_head": collapse, "model.norm": norm})
 
     def pass_head(self) -> None:
         """Pass the backbone's streams and the next tokens through the head, which is released."""
@@ -200,7 +201,7 @@ class Walk:
         self._embedded = []
         self.head_streams = self._pass(number, "mtp.0", entered, [tokens[:, 1:] for tokens in self._tokens])
         self.head_collapsed = [block.norm(block.hc_head(x))[0] for x in self.head_streams]
-        mx.eval(self.head_collapsed)
+        self._check_finite(self.head_collapsed, "mtp.0.norm", {"mtp.0": block})
 
     def _pass(self, number: int, path: str, streams: list[mx.array], tokens: list[mx.array]) -> list[mx.array]:
         """Streams of all prompts after one block: attention by prompt, experts for all of them together.
@@ -223,19 +224,21 @@ class Walk:
             parts.append(spread(output.astype(self.dtype), half.streams, half.post, half.comb))
             mx.eval(parts[-1])
             start += half.x.shape[1]
-        self._check_finite(block, path, parts)
+        self._check_finite(parts, path, {path: block})
         self._blocks[number] = self._experts[number] = None
         mx.clear_cache()
         return _joined(parts, lengths)
 
-    def _check_finite(self, block: DeepseekV4Block, path: str, parts: list[mx.array]) -> None:
-        """Raise InputError naming the block whose output is not finite, and its tensors that are not."""
-        if all(mx.isfinite(part).all().item() for part in parts):
+    def _check_finite(self, values: list[mx.array], stage: str, modules: dict[str, Any]) -> None:
+        """Raise InputError naming the stage whose values are not finite, and which tensors of its modules are not."""
+        if all(mx.isfinite(value).all().item() for value in values):
             return
-        flat: dict[str, mx.array] = dict(tree_flatten(block.parameters()))
-        bad = [f"{path}.{name}" for name, value in flat.items() if not mx.isfinite(value).all().item()]
-        where = ", ".join(bad[:5]) or f"{path}.ffn (routed experts), or the tensors of an earlier layer"
-        raise InputError(f"{self.folder}: values are not finite after {path}; look at {where}")
+        flat: list[tuple[str, Any]] = [
+            (f"{path}.{name}", x) for path, m in modules.items() for name, x in tree_flatten(m.parameters())
+        ]
+        bad = [name for name, x in flat if mx.issubdtype(x.dtype, mx.floating) and not mx.isfinite(x).all().item()]
+        found = ", ".join(bad[:5]) or "none of its dense tensors is to blame: look at scales and routed experts"
+        raise InputError(f"{self.folder}: values are not finite after {stage}: {found}")
 
     def logits(self, x: mx.array) -> mx.array:
         """Logits float32 [n, V] of collapsed positions [n, D], evaluated; the output matrix is made dense in slices."""
@@ -244,7 +247,7 @@ class Walk:
         for start in range(0, self.args.vocab_size, step):
             matrix = dense(self._output, self.dtype, slice(start, start + step))
             parts.append((x @ matrix.T).astype(mx.float32))
-            mx.eval(parts[-1])
+            self._check_finite(parts[-1:], "lm_head", {"lm_head": self._output})
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
