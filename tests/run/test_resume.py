@@ -128,7 +128,8 @@ def test_a_torn_last_line_of_the_journal_is_dropped(
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", '{"steps": 5}', '{"steps": [[1]]}', '{"steps": [[[], 2]]}', '{"file": 0}', '{"file": [], "sha256": 1}',
+    "line", ["[]", '{"steps": 5}', '{"steps": [[1]]}', '{"steps": [[[], 2]]}', '{"file": 0}',
+             '{"file": [], "sha256": 1}',
              '"x"', "\x00\x00", '{"steps": [[99999, "x"]]}', '{"file": 999, "sha256": null}', "\xff"]
 )  # fmt: skip
 def test_a_journal_line_that_is_not_ours_does_no_harm(
@@ -422,7 +423,8 @@ def outside(tmp_path: Path) -> Path:
 
 LINKS = [
     ("model-00001-of-00001.safetensors", "victim"), ("model-00001-of-00001.safetensors.partial", "victim"),
-    ("config.json", "victim"), ("config.json.partial", "victim"), (MANIFEST, "victim"), (f"{MANIFEST}.partial", "victim"),
+    ("config.json", "victim"), ("config.json.partial", "victim"), (MANIFEST, "victim"),
+    (f"{MANIFEST}.partial", "victim"),
     ("model.safetensors.index.json", "victim"), (".ds4convert", ""), ("mtp", ""), (".ds4convert", "nothing-there"),
     ("mtp", "nothing-there"),
 ]  # fmt: skip
