@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ds4convert.inference.forced import Passed
 
 LEVELS = ("structure", "source", "numerics", "decode")
+RUNNING = LEVELS[2:]
+"""Levels that run the model on prompts."""
 Say = Callable[[str], None]
 
 
@@ -89,7 +91,7 @@ def level_of(level: str | None, mtp: bool, source: bool, report: bool = False) -
 
 def needs_model(request: Request) -> bool:
     """Return whether a request goes beyond the files."""
-    return request.level in ("numerics", "decode") or request.reference is not None
+    return request.level in RUNNING or request.reference is not None
 
 
 def run(request: Request, say: Say = lambda text: None, progress: verify.Progress = lambda n: None) -> Outcome:
@@ -129,9 +131,11 @@ def _prepare(request: Request, say: Say) -> _Plan:
     if not request.folder.is_dir():
         raise InputError(f"{request.folder}: no such folder")
     args = load.read_args(load.read_config(request.folder), str(request.folder))
-    chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
     reference = _read_reference(request, args.max_position_embeddings)
-    context = max(len(p.ids) for p in chosen) + request.max_tokens
+    chosen: list[Prompt] = []
+    if given or request.level in RUNNING:
+        chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
+    context = max((len(p.ids) for p in chosen), default=0) + request.max_tokens
     compute = evaluate.choose_compute(request.folder, context, "float32" if reference else request.dtype)
     _warn_of_memory(compute, say)
     return _Plan(chosen, compute, reference)
@@ -203,7 +207,7 @@ def _with_model(request: Request, plan: _Plan, out: Outcome, say: Say) -> None:
     out.facts["compute"] = {"dtype": compute.dtype, "dense": compute.dense, "needed_bytes": compute.needed_bytes}
     if plan.reference:
         _compare_reference(request, model, plan.reference, out)
-    if request.level in ("numerics", "decode"):
+    if request.level in RUNNING:
         _measure(request, model, plan.prompts, compute, out, say)
 
 
