@@ -191,9 +191,7 @@ def test_mlx_vlm_loads_a_dspark_drafter_with_the_source_values(
     assert_same(seen(model), dspark_drafter(values))
 
 
-def test_the_confidence_head_of_a_dspark_drafter_is_kept_although_mlx_vlm_drops_it(
-    dspark: Path, tmp_path: Path
-) -> None:
+def test_the_confidence_head_of_a_dspark_drafter_is_kept(dspark: Path, tmp_path: Path) -> None:
     for layout in ("inline", "vlm"):
         out = tmp_path / layout
         s.run(dspark, out, layout=layout)
@@ -237,7 +235,7 @@ def test_mtplx_counts_the_stored_head_of_its_layouts_as_present(tmp_path: Path) 
 
 
 TOLERANCE = 2e-4
-"""Largest difference of logits in fp32 (golden/README.md, "Tolerances"); typical mistakes change them by 0.4 or more."""
+"""Largest difference of logits in fp32 (golden/README.md, "Tolerances"); typical mistakes change them by 0.4."""
 
 
 def logits_agree(found: Any, reference: np.ndarray) -> None:

@@ -62,7 +62,7 @@ def test_any_shard_size_holds_the_same_tensors_and_verifies(source: Path, size: 
 
 
 def writing(command: list[str | Path], out: Path, kill_after: float | None = None) -> tuple[float, bool]:
-    """Run the command; return the seconds that it wrote, and whether it was killed -9 (`kill_after` seconds of that)."""
+    """Run the command; return the seconds that it wrote, and whether it was killed -9 after `kill_after` seconds."""
     child = s.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     manifest, state = out / "ds4convert_manifest.json", out / ".ds4convert" / "journal.jsonl"
     while child.poll() is None and not state.exists() and not manifest.exists():

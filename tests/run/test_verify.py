@@ -222,7 +222,7 @@ def test_a_broken_folder_ends_with_exit_1_with_or_without_the_source(good: Path,
         act(out)
         if what == "drafter config" and not (out / "mtp").exists():
             continue
-        assert s.failed_checks(out), what
+        assert s.wrong(out), what
         assert s.failed_checks(out, "--source", source), what
 
 
