@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from ds4convert.errors import EnvironmentFault
+from ds4convert.files import Disk
 from ds4convert.manifest import tool_version
 from ds4convert.report import size
 from ds4convert.types import JSON
@@ -109,12 +110,13 @@ def page(name: str, facts: JSON) -> str:
 def write(path: Path, folder: Path, facts: JSON) -> None:
     """Write the page. The folder's own name is shown, never the path to it.
 
-    Raises `EnvironmentFault` where the disk refuses.
+    Whole or not at all; raises `EnvironmentFault` where the disk refuses.
     """
+    disk = Disk()
     try:
-        path.write_text(page(folder.resolve().name, facts), encoding="utf-8")
+        disk.write_file(path, page(folder.resolve().name, facts).encode())
     except OSError as e:
-        raise EnvironmentFault(f"{path}: the report could not be written: {e.strerror}. Name another file.") from e
+        raise EnvironmentFault(f"{path}: the report could not be written: {e.strerror}; name another file") from e
 
 
 def _section(title: str, note: str, content: str) -> str:

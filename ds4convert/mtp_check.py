@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ds4convert.inference.forced import Passed
 
 LEVELS = ("structure", "source", "numerics", "decode")
+RUNNING = LEVELS[2:]
+"""Levels that run the model on prompts."""
 Say = Callable[[str], None]
 
 
@@ -90,7 +92,7 @@ def level_of(level: str | None, mtp: bool, source: bool, report: bool = False) -
 
 def needs_model(request: Request) -> bool:
     """Return whether a request goes beyond the files."""
-    return request.level in ("numerics", "decode") or request.reference is not None or request.layerwise
+    return request.level in RUNNING or request.reference is not None or request.layerwise
 
 
 def run(request: Request, say: Say = lambda text: None, progress: verify.Progress = lambda n: None) -> Outcome:
@@ -100,7 +102,7 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
     fit.
     """
     out = Outcome()
-    if request.layerwise and (request.mtp or request.reference or request.level in ("numerics", "decode")):
+    if request.layerwise and (request.mtp or request.reference or request.level in RUNNING):
         raise UsageError("--layerwise never holds the whole model, so it cannot decode: leave out the other options")
     plan = _prepare(request, say) if needs_model(request) else None
     out.checks = verify.structure(request.folder, request.jobs, progress)
@@ -139,9 +141,11 @@ def _prepare(request: Request, say: Say) -> _Plan:
     if not request.folder.is_dir():
         raise InputError(f"{request.folder}: no such folder")
     args = load.read_args(load.read_config(request.folder), str(request.folder))
-    chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
     reference = _read_reference(request, args.max_position_embeddings)
-    context = max(len(p.ids) for p in chosen) + request.max_tokens
+    chosen: list[Prompt] = []
+    if given or request.level in RUNNING:
+        chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
+    context = max((len(p.ids) for p in chosen), default=0) + request.max_tokens
     compute = evaluate.choose_compute(request.folder, context, "float32" if reference else request.dtype)
     if not request.layerwise:
         _warn_of_memory(compute, say)
@@ -214,7 +218,7 @@ def _with_model(request: Request, plan: _Plan, out: Outcome, say: Say) -> None:
     out.facts["compute"] = {"dtype": compute.dtype, "dense": compute.dense, "needed_bytes": compute.needed_bytes}
     if plan.reference:
         _compare_reference(request, model, plan.reference, out)
-    if request.level in ("numerics", "decode"):
+    if request.level in RUNNING:
         _measure(request, model, plan.prompts, compute, out, say)
 
 
