@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ds4convert.choices import PATH, F, conversion_options, generation_options
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ds4convert.convert import Source
     from ds4convert.plan import Options
     from ds4convert.types import Plan
-
-F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 
 
 @dataclass
@@ -39,6 +37,10 @@ class Session:
         """Say something on the way, on standard error."""
         if not self.quiet:
             click.echo(text, err=True)
+
+    def warn(self, text: str) -> None:
+        """Say on standard error what the user has to know, even with --quiet."""
+        click.echo(f"Warning: {text}", err=True)
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
@@ -90,57 +92,6 @@ def common(reports: bool = True) -> Callable[[F], F]:
     return wrap
 
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Bytes with a unit: 5GB (decimal), 5GiB (binary), or a plain number."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        digits = value.rstrip("abgikmtABGIKMT ")
-        unit = value[len(digits) :].strip().lower()
-        try:
-            return int(float(digits) * UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is not a size such as 5GB or 4.5GiB", param, ctx)
-
-
-class LayoutName(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A layout by name; the known ones are the files of `manifests/layouts/`."""
-
-    name = "layout"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return the known names, read only when help is asked for."""
-        from ds4convert.layouts import layouts
-
-        return "|".join(layouts())
-
-
-def conversion_options(f: F) -> F:
-    """Add the options that `plan` and `quantize` share."""
-    options = [
-        click.option("--recipe", default="native", show_default=True, metavar="NAME|FILE.toml", help="Formats."),
-        click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
-        click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
-        click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
-        click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
-        click.option("--layout", type=LayoutName(), default="inline", show_default=True),
-        click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
-        click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
-        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digest what is written."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        f = option(f)
-    return f
-
-
 def _options(
     recipe: str, backbone: str | None, experts: str | None, mtp: str | None, keep_mtp: bool, layout: str,
     max_shard_size: int, hashing: bool, **_: Any,
@@ -152,7 +103,16 @@ def _options(
     if mtp and not keep_mtp:
         raise UsageError("--mtp FORMAT and --drop-mtp contradict each other")
     chosen = recipe_of(recipe).overridden(backbone, experts, mtp)
-    return Options(chosen, layout_of(layout), keep_mtp, check_limit(max_shard_size), hashing)
+    place = layout_of(layout)
+    source = _model_source() if place.model_file else b""
+    return Options(chosen, place, keep_mtp, check_limit(max_shard_size), hashing, source)
+
+
+def _model_source() -> bytes:
+    """Return the text of the model file: the one thing of `inference/` that a converted folder can hold."""
+    from ds4convert.inference.single_file import single_file_source
+
+    return single_file_source().encode()
 
 
 def _config_bytes(name: str) -> bytes:
@@ -217,7 +177,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
 
 
 def _planned(src: str | None, config: str | None, options: Options) -> tuple[Source | None, Plan]:
-    from ds4convert import convert, summary
+    from ds4convert import convert, sidefiles, summary
     from ds4convert import plan as plans
     from ds4convert.config import parse_config
     from ds4convert.inventory import expected
@@ -227,7 +187,8 @@ def _planned(src: str | None, config: str | None, options: Options) -> tuple[Sou
         return source, convert.make_plan(source, options)
     inventory = expected(parse_config(_config_bytes(config), config))
     named, files = summary.imagined(inventory)
-    return None, plans.build(inventory, named, files, options, plans.SideFiles({}, ()))
+    side = plans.SideFiles({}, (), sidefiles.template(inventory.config.family.name))
+    return None, plans.build(inventory, named, files, options, side)
 
 
 @cli.command()
@@ -339,6 +300,43 @@ def diff(session: Session, a: str, b: str, jobs: int) -> int:
     return 1 if facts["changed"] or facts["only_a"] or facts["only_b"] else 0
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as e:
+        raise UsageError(f"the prompt on standard input is not UTF-8 text: {e}") from None
+
+
+@cli.command()
+@click.argument("mlx_dir")
+@generation_options
+@common()
+def generate(session: Session, mlx_dir: str, prompt: str | None, prompt_ids: str | None, **choices: Any) -> None:
+    """Continue a prompt with a converted model: text on standard output as it comes, figures on standard error.
+
+    With --mtp the head drafts and the backbone verifies; the text is distributed as without it, and equal when
+    greedy (exactly so in float32). Without a head, --mtp is a warning and decoding goes on without it.
+
+    \b
+    Example: ds4convert generate DeepSeek-V4-Flash-mlx --prompt "Why is the sky blue?" --mtp
+             ds4convert generate DeepSeek-V4-Flash-mlx --raw --prompt "Once upon a time" --temp 0.7 --seed 1
+             ds4convert generate DeepSeek-V4-Flash-mlx --prompt-ids 0,128,7 --max-tokens 20 --json
+    """
+    from ds4convert import generation, report
+
+    text = _standard_input() if prompt == "-" else prompt
+    ids = generation.parse_ids(prompt_ids) if prompt_ids is not None else None
+    running = generation.prepare(_local(mlx_dir), generation.Request(text, ids, **choices), session.warn)
+    if session.verbose and running.text is not None:
+        session.note(f"prompt: {running.text!r}")
+    for piece in running.pieces():
+        if not session.as_json:
+            click.echo(piece, nl=False)
+    facts = running.facts()
+    session.emit(facts, "")
+    session.note(report.generation(facts))
+
+
 @cli.command()
 @click.argument("out", type=PATH)
 @click.option("--config", default="tiny", show_default=True, metavar="FILE|flash|pro|tiny", help="The model's shape.")
@@ -380,7 +378,9 @@ def synth(
 @click.argument("folder", type=PATH, default=Path("ds4convert-demo"), metavar="[DIR]")
 @common()
 def demo(session: Session, folder: Path) -> int:
-    """Run the whole chain on a tiny checkpoint: synth, inspect, quantize, verify, diff.
+    """Run the whole chain on the trained checkpoint that comes along: inspect, quantize, verify, diff, generate.
+
+    DIR (default: ds4convert-demo) is new or of an earlier demo; what is finished in it is not done again.
 
     \b
     Example: ds4convert demo

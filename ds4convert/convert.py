@@ -16,6 +16,7 @@ from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
+from ds4convert.layouts import layouts
 from ds4convert.manifest import MANIFEST_NAME
 from ds4convert.sidefiles import CARRIED, survey
 from ds4convert.types import Plan
@@ -45,9 +46,13 @@ class Outcome:
 
 def open_source(path: Path) -> Source:
     """Return the source checkpoint at `path`, read and recognised, not yet compared with what its config implies."""
-    checkpoint = read_checkpoint(path)
     if path.is_file():
         raise InputError(f"{path}: a single file cannot be converted; name the checkpoint folder")
+    return recognised(read_checkpoint(path))
+
+
+def recognised(checkpoint: Checkpoint) -> Source:
+    """Return a checkpoint whose headers have been read as a source: official names, kind of head, storage."""
     config = configs.parse_config(need_config(checkpoint))
     named = name_tensors(config.family, checkpoint.tensors())
     return Source(checkpoint, recognise(config, named.tensors), named)
@@ -55,7 +60,7 @@ def open_source(path: Path) -> Source:
 
 def make_plan(source: Source, options: plans.Options) -> Plan:
     """Return the plan for converting `source`. Raises `InputError` with every difference found."""
-    side = survey(source.checkpoint.path)
+    side = survey(source.checkpoint.path, source.inventory.config.family.name)
     return plans.build(source.inventory, source.named, source.checkpoint.files, options, side)
 
 
@@ -77,8 +82,8 @@ def _ours(name: str) -> bool:
         MANIFEST_NAME,
         STATE_FOLDER,
         "mtp",
-        "ds4_mlx_model.py",
     } | CARRIED
+    fixed |= {layout.model_file for layout in layouts().values() if layout.model_file}
     return plain in fixed or (plain.startswith("model") and plain.endswith(".safetensors"))
 
 

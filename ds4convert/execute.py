@@ -309,6 +309,13 @@ class Run:
             raise Stopped
 
     def _file(self, number: int) -> None:
+        try:
+            self._whole_file(number)
+        except BaseException:
+            self.stop.set()  # at once, so that no other file is begun
+            raise
+
+    def _whole_file(self, number: int) -> None:
         self.check_stop()
         name = self.plan.files[number].name
         with disk_errors("writing", self.out / name):

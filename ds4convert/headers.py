@@ -26,6 +26,9 @@ MAX_DIMENSIONS = 16
 """Axes of one tensor; without a bound, the product of a shape from a hostile header takes minutes."""
 
 MAX_OFFSET = 1 << 63
+MAX_INDEX_KEYS = 300_000
+"""Twice what Pro has; a key and a name of its own for each take more memory than the entries of a header."""
+
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -151,7 +154,7 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
 
     Raises `HeaderError` on malformed JSON and on a file name that could leave the folder.
     """
-    table = strictjson.loads(raw, where, HeaderError)
+    table = strictjson.loads(raw, where, HeaderError, MAX_INDEX_KEYS)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: has no weight_map that maps tensors to files")

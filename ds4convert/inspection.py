@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ds4convert import config as configs
 from ds4convert import convert, logical, manifest
-from ds4convert.errors import ConfigError, InputError
 from ds4convert.folder import Checkpoint, read_checkpoint
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inventory import HEAD, Inventory, TensorSpec, compare, expected
@@ -109,8 +108,8 @@ def inspect(path: Path) -> Inspection:
     if checkpoint.config is None:
         return _plain(checkpoint, "no config.json: there is nothing to compare the tensors with")
     if logical.is_mlx(checkpoint):
-        return _mlx(path)
-    return _source(convert.open_source(path))
+        return _mlx(path, checkpoint)
+    return _source(convert.recognised(checkpoint))
 
 
 def inspect_config(raw: bytes, where: str) -> Inspection:
@@ -157,8 +156,8 @@ def _source(source: convert.Source) -> Inspection:
     )
 
 
-def _mlx(path: Path) -> Inspection:
-    folder = logical.read_mlx(path)
+def _mlx(path: Path, checkpoint: Checkpoint) -> Inspection:
+    folder = logical.read_mlx(path, checkpoint)
     problems = list(folder.findings)
     stages = folder.config.stages
     if stages and folder.head_kind == "none":
@@ -212,9 +211,6 @@ def view_of(path: Path) -> logical.View:
     if path.is_file() or checkpoint.config is None:
         return logical.plain_view(checkpoint)
     if logical.is_mlx(checkpoint):
-        return logical.read_mlx(path).view
-    try:
-        source = convert.open_source(path)
-    except ConfigError as e:
-        raise InputError(str(e)) from e
+        return logical.read_mlx(path, checkpoint).view
+    source = convert.recognised(checkpoint)
     return logical.source_view(source.checkpoint, source.inventory, source.named)

@@ -243,12 +243,14 @@ def is_mlx(checkpoint: Checkpoint) -> bool:
 _MLX_ONLY, _MLX_ROOT = ".ffn.switch_mlp.", {"model.hc_head.fn", "model.hc_head.base", "model.hc_head.scale"}
 
 
-def read_mlx(path: Path) -> MlxFolder:
+def read_mlx(path: Path, checkpoint: Checkpoint | None = None) -> MlxFolder:
     """Return the converted folder at `path`, every tensor matched with what its config implies.
+
+    `checkpoint` are its headers where they have been read already.
 
     Differences are in `findings`. Raises `InputError` where headers, index or config cannot be read.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = checkpoint or read_checkpoint(path)
     config = parse_config(need_config(checkpoint), CONFIG_NAME, is_mlx=True)
     drafter = read_checkpoint(path / "mtp") if (path / "mtp" / CONFIG_NAME).is_file() else None
     table = config.raw.get("quantization") or {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds4convert import headers, strictjson
@@ -48,21 +48,30 @@ SHOWN_FINDINGS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose: recipe (flags applied), layout, head kept or dropped, shard size, hashing."""
+    """What the user chose: recipe (flags applied), layout, head kept or dropped, shard size, hashing.
+
+    `model_source` is the text of the model file, for a layout that has one: conversion does not know the model, so
+    the edge hands it in (`inference.single_file`).
+    """
 
     recipe: Recipe
     layout: Layout
     keep_mtp: bool = True
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     hashing: bool = True
+    model_source: bytes = b""
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Small files of the source: `copies` (name to sha256) are taken over, `left_out` are not, with the reason."""
+    """Small files of the source: `copies` (name to sha256) are taken over, `left_out` are not, with the reason.
+
+    `added` (name to bytes) are written because hosts read them and the source has none.
+    """
 
     copies: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
+    added: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,13 +130,23 @@ def build(
         sources=sources,
         files=tuple(files),
         steps=tuple(steps),
-        texts=texts,
+        texts=texts | dict(side.added) | _model_file(options),
         copies=side.copies,
         left_out=_left_out(inventory, named, steps, options.keep_mtp),
         files_left_out=side.left_out,
         quantization=table,
     )
     return replace(unsigned, id=strictjson.digest(as_json(unsigned)))
+
+
+def _model_file(options: Options) -> dict[str, bytes]:
+    """Return the model file that the layout's config names, by name; {} for a layout without one."""
+    name = options.layout.model_file
+    if not name:
+        return {}
+    if not options.model_source:
+        raise ValueError(f"layout {options.layout.name}: expected Options.model_source, the text of its {name}")
+    return {name: options.model_source}
 
 
 def _hint(findings: Sequence[Finding]) -> str:

@@ -123,6 +123,22 @@ def conversion(facts: JSON, out: str) -> str:
     return "\n".join([*lines, f"manifest: {facts['manifest']}"])
 
 
+def generation(facts: JSON) -> str:
+    """Return the closing line of `generate`: speed, and how the head fared."""
+    count = len(facts["tokens"])
+    line = (
+        f"prompt: {facts['prompt_tokens']:,} tokens in {facts['prompt_seconds']:.2f} s; "
+        f"generated: {count:,} tokens, {facts['tokens_per_second']:.1f} tokens/s"
+    )
+    if facts["mtp_active"]:
+        share = f"{facts['acceptance']:.1%}" if facts["drafted"] else "-"
+        line += (
+            f"; acceptance {share} ({facts['accepted']:,} of {facts['drafted']:,} drafts, "
+            f"depth {facts['draft_depth']}), {facts['tokens_per_pass']:.2f} tokens per pass"
+        )
+    return line
+
+
 def checks(found: Sequence[Check]) -> str:
     """Return the text of `verify`."""
     width = max(len(c.name) for c in found)

@@ -1,12 +1,16 @@
 """The small files of a checkpoint beside its tensors: which are carried over, and why the others are not.
 
-Nothing that could be executed is carried over, and nothing is followed out of the folder.
+Nothing that could be executed is carried over, and nothing is followed out of the folder. A source without a chat
+template gets that of its family (`manifests/templates/FAMILY.jinja`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Set
+from importlib import resources
 from pathlib import Path
 
 from ds4convert.folder import read_small
@@ -14,16 +18,19 @@ from ds4convert.plan import SideFiles
 from ds4convert.strictjson import show
 from ds4convert.types import LeftOut
 
+TEMPLATE_NAME = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 CARRIED = {
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "generation_config.json",
-    "chat_template.jinja",
+    TEMPLATE_NAME,
     "chat_template.json",
     "LICENSE",
     "LICENSE.txt",
@@ -34,8 +41,8 @@ CARRIED = {
 REPLACED = {"config.json", "model.safetensors.index.json", "ds4convert_manifest.json"}
 
 
-def survey(folder: Path) -> SideFiles:
-    """Return what becomes of each file beside the tensors; hidden files are passed over.
+def survey(folder: Path, family: str) -> SideFiles:
+    """Return what becomes of each file beside the tensors of a `family`; hidden files are passed over.
 
     Raises `HeaderError` when a file that would be carried over is a link out of the folder.
     """
@@ -49,7 +56,26 @@ def survey(folder: Path) -> SideFiles:
             copies[name] = hashlib.sha256(read_small(folder, name)).hexdigest()
         else:
             left.append(LeftOut(show(name), _reason(entry)))
-    return SideFiles(copies, tuple(left))
+    return SideFiles(copies, tuple(left), {} if _has_template(folder, copies.keys()) else template(family))
+
+
+def template(family: str) -> dict[str, bytes]:
+    """Return the chat template of a family under its file name; {} where the package knows none."""
+    path = resources.files("ds4convert.manifests") / "templates" / f"{family}.jinja"
+    return {TEMPLATE_NAME: path.read_bytes()} if path.is_file() else {}
+
+
+def _has_template(folder: Path, names: Set[str]) -> bool:
+    """Return whether the source has a chat template of its own, in any of the places where hosts look for it."""
+    if names & {TEMPLATE_NAME, "chat_template.json"}:
+        return True
+    if TOKENIZER_CONFIG not in names:
+        return False
+    try:
+        table = json.loads(read_small(folder, TOKENIZER_CONFIG))
+    except (ValueError, RecursionError):
+        return False  # carried over as it is; whoever reads it says what is wrong with it
+    return isinstance(table, dict) and bool(table.get("chat_template"))
 
 
 def _reason(entry: os.DirEntry[str]) -> str:

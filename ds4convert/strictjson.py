@@ -16,15 +16,18 @@ from ds4convert.errors import InputError
 MAX_PARSED_BYTES = 240_000_000
 """Bound on the memory that parsing may take. The header of Pro in one file, the largest known, needs 220 million."""
 
-TEXT_COPIES, VALUE_BYTES, KEY_BYTES = 3, 50, 180
+MAX_KEYS = 640_000
+"""Four for each tensor of a header; Pro's has 590 thousand."""
+
+TEXT_COPIES, VALUE_BYTES, KEY_BYTES = 3, 58, 180
 """What parsing holds: the text as bytes, as characters and as values; then per value and per key (measured)."""
 
 ASCII_ABOVE_BYTES = 16_000_000
 """A text with one wide character takes four bytes for each; larger documents have to be plain ASCII."""
 
 
-def loads(raw: bytes, where: str, error: type[InputError] = InputError) -> Any:
-    """Return the value of the JSON text `raw`; `where` names its origin in messages.
+def loads(raw: bytes, where: str, error: type[InputError] = InputError, max_keys: int = MAX_KEYS) -> Any:
+    """Return the value of the JSON text `raw`; `where` names its origin in messages, `max_keys` bounds its keys.
 
     Raises `error` on invalid UTF-8, invalid JSON, duplicate keys, NaN or infinite numbers, lone surrogates, more
     values than the memory bound allows, or too deep nesting.
@@ -55,7 +58,7 @@ def loads(raw: bytes, where: str, error: type[InputError] = InputError) -> Any:
     if len(raw) > ASCII_ABOVE_BYTES and not raw.isascii():
         fail(f"{len(raw)} bytes of JSON with non-ASCII text; this large, only ASCII is accepted")
     values, keys = raw.count(b",") + raw.count(b"[") + raw.count(b"{"), raw.count(b":")
-    if TEXT_COPIES * len(raw) + VALUE_BYTES * values + KEY_BYTES * keys > MAX_PARSED_BYTES:
+    if keys > max_keys or TEXT_COPIES * len(raw) + VALUE_BYTES * values + KEY_BYTES * keys > MAX_PARSED_BYTES:
         fail(f"{len(raw)} bytes of JSON with about {values} values and {keys} keys is more than any known model needs")
     try:
         text = raw.decode("utf-8")

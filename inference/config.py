@@ -68,6 +68,12 @@ class ModelArgs:
                 f"compress_ratios: expected at least {self.num_hidden_layers} items (one per layer), "
                 f"found {len(self.compress_ratios)}"
             )
+        rotated = [self.head_dim, *([self.index_head_dim] if OVERLAP_RATIO in self.compress_ratios else [])]
+        if self.qk_rope_head_dim > min(rotated):
+            raise ValueError(
+                f"qk_rope_head_dim: expected at most {min(rotated)} (head_dim, index_head_dim), "
+                f"found {self.qk_rope_head_dim}"
+            )
         if self.n_shared_experts != 1:
             raise ValueError(f"n_shared_experts: expected 1, found {self.n_shared_experts}")
         if self.scoring_func != "sqrtsoftplus":

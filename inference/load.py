@@ -96,20 +96,24 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those of its index and `model*.safetensors`; without both, all of
     them.
+
+    A file that the index names may be absent if it held the head alone: such a head was cut off, which is no error.
     """
     names = {path.name for path in folder.glob("model*.safetensors")}
     index = folder / INDEX
     if index.is_file():
         try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = set(places.values())
+            backbone = {file for name, file in places.items() if not name.startswith(("mtp.", "model.mtp."))}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not a safetensors index: {error!r}") from None
         for name in sorted(listed):
             if Path(name).name != name:
                 raise InputError(f"{index}: {name!r} points outside the folder")
-            if not (folder / name).is_file():
+            if name in backbone and not (folder / name).is_file():
                 raise InputError(f"{folder / name}: named by the index, but not found")
-        names |= listed
+        names |= {name for name in listed if (folder / name).is_file()}
     if not names:
         names = {path.name for path in folder.glob("*.safetensors")}
     if not names:

@@ -1,7 +1,8 @@
 """Writes the model as one Python file for mlx-lm, which loads it by `model_file` in config.json.
 
 The file is made from this package's own modules: their text in order of dependence, imports gathered at the
-top, no relative imports left. It defines `Model` and `ModelArgs` and needs Python 3.11 and mlx, nothing else.
+top, no relative imports left. Its name is that of the layout (`model_file` in manifests/layouts/mlx-lm.toml).
+It defines `Model` and `ModelArgs` and needs Python 3.11 and mlx, nothing else.
 Annotations are evaluated in it (no `from __future__`): mlx-lm runs the file without registering it in
 `sys.modules`, where dataclasses would look up annotations kept as text.
 """
@@ -13,8 +14,6 @@ from pathlib import Path
 
 MODULES = ("config", "cache", "layers", "attention", "weights", "deepseek_v4")
 """In order of dependence: each uses only those before it."""
-
-FILE_NAME = "deepseek_v4.py"
 
 HEADER = '''"""DeepSeek-V4 for mlx-lm, backbone and multi-token-prediction head, in one file.
 

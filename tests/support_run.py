@@ -26,6 +26,7 @@ from ds4convert import plan as plans
 from ds4convert.config import named_config
 from ds4convert.convert import Outcome
 from ds4convert.files import Disk
+from ds4convert.inference.single_file import single_file_source
 from ds4convert.layouts import layout_of
 from ds4convert.recipes import recipe_of
 
@@ -94,7 +95,9 @@ def run(
 ) -> Outcome:
     """Convert in this process."""
     opened = convert.open_source(source)
-    made = convert.make_plan(opened, plans.Options(recipe_of(recipe), layout_of(layout), **options))
+    chosen = layout_of(layout)
+    model = single_file_source().encode() if chosen.model_file else b""
+    made = convert.make_plan(opened, plans.Options(recipe_of(recipe), chosen, model_source=model, **options))
     return convert.run(opened, made, out, jobs, overwrite, progress, disk)
 
 

@@ -141,31 +141,55 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "header over 100 MB": (patch(LAYER_1, 0, b"\x01\xe1\xf5\x05"), (LAYER_1, "over the limit of 100000000")),
     "invalid UTF-8": (patch(LAYER_1, 10, b"\xff\xfe"), (LAYER_1, "not valid UTF-8 at byte 2")),
     "invalid JSON": (patch(LAYER_1, 9, b"'"), (LAYER_1, "not valid JSON")),
-    "duplicate keys": (raw_header(b'{"%s":1,"%s":1}' % (NORM.encode(), NORM.encode())), (LAYER_1, NORM, "occurs twice")),
+    "duplicate keys": (
+        raw_header(b'{"%s":1,"%s":1}' % (NORM.encode(), NORM.encode())),
+        (LAYER_1, NORM, "occurs twice"),
+    ),
     "overlapping offsets": (offsets(NORM, -2, -2), (LAYER_1, "overlaps the tensor before it")),
     "gapped offsets": (offsets(NORM, 2, 2), (LAYER_1, "leaves a gap before it")),
     "offsets out of range": (offsets(NORM, 1 << 40, 1 << 40), (LAYER_1, "leaves a gap")),
     "negative offset": (offsets(NORM, -(1 << 40), -(1 << 40)), (LAYER_1, NORM, "must be two whole numbers from 0")),
     "shape times dtype is not the length": (
-        header(lambda t: t[NORM].update(shape=[161])), (LAYER_1, NORM, "takes 322 bytes", "span 320"),
+        header(lambda t: t[NORM].update(shape=[161])),
+        (LAYER_1, NORM, "takes 322 bytes", "span 320"),
     ),
     "unknown dtype": (header(lambda t: t[NORM].update(dtype="F12")), (LAYER_1, NORM, "unknown dtype 'F12'")),
     "negative dimension": (header(lambda t: t[NORM].update(shape=[-160])), (LAYER_1, NORM, "whole numbers from 0")),
     "huge dimension": (header(lambda t: t[NORM].update(shape=[1 << 60])), (LAYER_1, NORM, "whole numbers from 0")),
-    "index names ../x": (index(lambda m: m.update({NORM: "../x.safetensors"})), (INDEX, "../x.safetensors", "in the same folder")),
-    "index names an absolute path": (index(lambda m: m.update({NORM: "/etc/x.safetensors"})), (INDEX, "/etc/x.safetensors")),
+    "index names ../x": (
+        index(lambda m: m.update({NORM: "../x.safetensors"})),
+        (INDEX, "../x.safetensors", "in the same folder"),
+    ),
+    "index names an absolute path": (
+        index(lambda m: m.update({NORM: "/etc/x.safetensors"})),
+        (INDEX, "/etc/x.safetensors"),
+    ),
     "index names no text": (index(lambda m: m.update({NORM: [1]})), (INDEX, NORM, "expected a file name")),
-    "index names a very long file": (index(lambda m: m.update({NORM: "x" * 5000 + ".safetensors"})), ("xxx.safetensors", "name too long")),
+    "index names a very long file": (
+        index(lambda m: m.update({NORM: "x" * 5000 + ".safetensors"})),
+        ("xxx.safetensors", "name too long"),
+    ),
     "index is not JSON": (lambda f: (f / INDEX).write_text("{"), (INDEX, "not valid JSON")),
     "index is a folder": (as_folder(INDEX), (INDEX, "is not a regular file")),
     "link that leaves the folder": (
-        link_out(LAYER_1, f"../outside/{LAYER_1}"), (LAYER_1, "a link that leads out of the folder", "it is not followed"),
+        link_out(LAYER_1, f"../outside/{LAYER_1}"),
+        (LAYER_1, "a link that leads out of the folder", "it is not followed"),
     ),
-    "absolute link that leaves the folder": (link_out(LAYER_1, "/etc/passwd"), (LAYER_1, "leads out of the folder, to /etc/passwd")),
-    "index that is a link out of the folder": (link_out(INDEX, f"../outside/{INDEX}"), (INDEX, "leads out of the folder")),
-    "config that is a link out of the folder": (link_out("config.json", "../outside/config.json"), ("config.json", "leads out")),
+    "absolute link that leaves the folder": (
+        link_out(LAYER_1, "/etc/passwd"),
+        (LAYER_1, "leads out of the folder, to /etc/passwd"),
+    ),
+    "index that is a link out of the folder": (
+        link_out(INDEX, f"../outside/{INDEX}"),
+        (INDEX, "leads out of the folder"),
+    ),
+    "config that is a link out of the folder": (
+        link_out("config.json", "../outside/config.json"),
+        ("config.json", "leads out"),
+    ),
     "tokenizer that is a link out of the folder": (
-        lambda f: (f / "tokenizer.json").symlink_to("/etc/passwd"), ("tokenizer.json", "leads out of the folder"),
+        lambda f: (f / "tokenizer.json").symlink_to("/etc/passwd"),
+        ("tokenizer.json", "leads out of the folder"),
     ),
     "link to itself": (link_loop, (LAYER_1, "is not a regular file")),
     "a pipe": (fifo, (LAYER_1, "is not a regular file")),
@@ -174,7 +198,8 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "tensor in no shard": (place_nowhere, (LAYER_1, NORM, "the header has no such tensor")),
     "tensor in two shards": (place_twice, (LAYER_1, NORM, "is in model-00001-of-00007.safetensors as well")),
     "tensor in another shard than the index says": (
-        index(lambda m: m.update({NORM: "model-00001-of-00007.safetensors"})), (LAYER_1, NORM, "the index places it in model-00001"),
+        index(lambda m: m.update({NORM: "model-00001-of-00007.safetensors"})),
+        (LAYER_1, NORM, "the index places it in model-00001"),
     ),
     "tensor not in the index": (index(lambda m: m.pop(NORM)), (LAYER_1, NORM, "is not in the index")),
     "config missing": (lambda f: (f / "config.json").unlink(), ("config.json", "missing", "download it again")),
@@ -183,36 +208,67 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "config a folder": (as_folder("config.json"), ("config.json", "is not a regular file")),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected a JSON object")),
     "config with half a surrogate": (config(a="\ud800"), ("config.json", "surrogate")),
-    "wrong model_type": (config(model_type="llama"), ("config.json", "model_type is 'llama', expected one of: deepseek_v4")),
+    "wrong model_type": (
+        config(model_type="llama"),
+        ("config.json", "model_type is 'llama', expected one of: deepseek_v4"),
+    ),
     "more layers than the headers have": (
-        config(num_hidden_layers=5, compress_ratios=[0, 4, 128, 4, 0, 0]), ("layers.4.attn_norm.weight: missing", "config.json"),
+        config(num_hidden_layers=5, compress_ratios=[0, 4, 128, 4, 0, 0]),
+        ("layers.4.attn_norm.weight: missing", "config.json"),
     ),
     "fewer layers than the headers have": (
         config(num_hidden_layers=3, compress_ratios=[0, 4, 128, 0]),
         ("layers.3.", "not expected by the config", "model-00005-of-00007.safetensors"),
     ),
-    "other layer kinds than the headers have": (config(compress_ratios=[0, 4, 4, 4, 0]), ("layers.2.attn.indexer.", "missing")),
-    "more experts than the headers have": (config(n_routed_experts=4), ("layers.0.ffn.experts.3.w1.weight: missing",)),
-    "fewer experts than the headers have": (config(n_routed_experts=2), ("layers.0.ffn.gate.weight: expected shape [2, 160], found [3, 160] (model-",)),
-    "compress_ratios too short": (config(compress_ratios=[0, 4, 128]), ("config.json", "compress_ratios has 3 items, expected 5")),
-    "compress_ratios too long": (config(compress_ratios=[0] * 9), ("config.json", "compress_ratios has 9 items, expected 5")),
-    "another hidden size": (config(hidden_size=192), ("embed.weight: expected shape [48, 192], found [48, 160]",)),
-    "missing expert": (tensors(lambda t: [t.pop(f"{EXPERT}.weight"), t.pop(f"{EXPERT}.scale")]), (f"{EXPERT}.weight: missing",)),
-    "missing scale": (tensors(lambda t: t.pop(f"{EXPERT}.scale")), (f"{EXPERT}.scale: missing; expected F8_E8M0 [64, 5]",)),
-    "extra tensor": (
-        tensors(lambda t: t.update({"layers.1.attn.wx.weight": t[NORM]})), ("layers.1.attn.wx.weight: not expected", ".safetensors"),
+    "other layer kinds than the headers have": (
+        config(compress_ratios=[0, 4, 4, 4, 0]),
+        ("layers.2.attn.indexer.", "missing"),
     ),
-    "scale of the wrong shape": (tensors(swap_shapes), (f"{EXPERT}.scale: expected shape [64, 5], found [5, 64] (model-0000",)),
+    "more experts than the headers have": (config(n_routed_experts=4), ("layers.0.ffn.experts.3.w1.weight: missing",)),
+    "fewer experts than the headers have": (
+        config(n_routed_experts=2),
+        ("layers.0.ffn.gate.weight: expected shape [2, 160], found [3, 160] (model-",),
+    ),
+    "compress_ratios too short": (
+        config(compress_ratios=[0, 4, 128]),
+        ("config.json", "compress_ratios has 3 items, expected 5"),
+    ),
+    "compress_ratios too long": (
+        config(compress_ratios=[0] * 9),
+        ("config.json", "compress_ratios has 9 items, expected 5"),
+    ),
+    "another hidden size": (config(hidden_size=192), ("embed.weight: expected shape [48, 192], found [48, 160]",)),
+    "missing expert": (
+        tensors(lambda t: [t.pop(f"{EXPERT}.weight"), t.pop(f"{EXPERT}.scale")]),
+        (f"{EXPERT}.weight: missing",),
+    ),
+    "missing scale": (
+        tensors(lambda t: t.pop(f"{EXPERT}.scale")),
+        (f"{EXPERT}.scale: missing; expected F8_E8M0 [64, 5]",),
+    ),
+    "extra tensor": (
+        tensors(lambda t: t.update({"layers.1.attn.wx.weight": t[NORM]})),
+        ("layers.1.attn.wx.weight: not expected", ".safetensors"),
+    ),
+    "scale of the wrong shape": (
+        tensors(swap_shapes),
+        (f"{EXPERT}.scale: expected shape [64, 5], found [5, 64] (model-0000",),
+    ),
     "scale of the wrong dtype": (
-        tensors(lambda t: setattr(t[f"{EXPERT}.scale"], "dtype", "U8")), (f"{EXPERT}.scale: expected dtype F8_E8M0, found U8",),
+        tensors(lambda t: setattr(t[f"{EXPERT}.scale"], "dtype", "U8")),
+        (f"{EXPERT}.scale: expected dtype F8_E8M0, found U8",),
     ),
     "no head, though the config promises one": (
-        tensors(lambda t: [t.pop(n) for n in support.names(list(t), "mtp.")]), ("mtp.0.e_proj.weight: missing", "--drop-mtp"),
+        tensors(lambda t: [t.pop(n) for n in support.names(list(t), "mtp.")]),
+        ("mtp.0.e_proj.weight: missing", "--drop-mtp"),
     ),
-    "part of the head missing": (tensors(lambda t: t.pop("mtp.0.hnorm.weight")), ("mtp.0.hnorm.weight: missing", "--drop-mtp")),
+    "part of the head missing": (
+        tensors(lambda t: t.pop("mtp.0.hnorm.weight")),
+        ("mtp.0.hnorm.weight: missing", "--drop-mtp"),
+    ),
     "no shard at all": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], ("holds no .safetensors file",)),
     "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], ("holds no .safetensors file",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -229,9 +285,10 @@ def test_bad_input_is_refused_by_quantize_and_plan_before_anything_is_written(ca
 
 
 FINDINGS = {
-    "more layers than the headers have", "fewer layers than the headers have", "other layer kinds than the headers have",
-    "more experts than the headers have", "fewer experts than the headers have", "another hidden size", "missing expert",
-    "missing scale", "extra tensor", "scale of the wrong shape", "scale of the wrong dtype",
+    "more layers than the headers have", "fewer layers than the headers have", "another hidden size",
+    "other layer kinds than the headers have", "more experts than the headers have", "missing expert",
+    "fewer experts than the headers have", "missing scale", "extra tensor", "scale of the wrong shape",
+    "scale of the wrong dtype",
     "no head, though the config promises one", "part of the head missing",
 }  # fmt: skip
 
@@ -276,12 +333,13 @@ def test_all_differences_are_counted_and_the_first_ten_are_shown(source: Path) -
 
 def test_a_nan_stops_the_run_by_tensor_and_index_and_the_result_stays_unfinished(source: Path, tmp_path: Path) -> None:
     cases = {
-        ("layers.2.attn.wkv.weight", 5 * 160 + 7, 0x7F): "layers.2.attn.wkv.weight: element [5, 7] is NaN in FP8 E4M3 (byte 0x7F)",
-        ("layers.2.attn.wkv.scale", 1, 0xFF): "layers.2.attn.wkv.scale: element [0, 1] is NaN in E8M0 block scales (byte 0xFF)",
-        (f"{EXPERT}.scale", 63 * 5 + 4, 0xFF): f"{EXPERT}.scale: element [63, 4] is NaN in E8M0 block scales (byte 0xFF)",
-        ("mtp.0.e_proj.weight", 159 * 160, 0xFF): "mtp.0.e_proj.weight: element [159, 0] is NaN in FP8 E4M3 (byte 0xFF)",
-    }  # fmt: skip
-    for number, ((name, at, code), message) in enumerate(cases.items()):
+        ("layers.2.attn.wkv.weight", 5 * 160 + 7, 0x7F): "[5, 7] is NaN in FP8 E4M3 (byte 0x7F)",
+        ("layers.2.attn.wkv.scale", 1, 0xFF): "[0, 1] is NaN in E8M0 block scales (byte 0xFF)",
+        (f"{EXPERT}.scale", 63 * 5 + 4, 0xFF): "[63, 4] is NaN in E8M0 block scales (byte 0xFF)",
+        ("mtp.0.e_proj.weight", 159 * 160, 0xFF): "[159, 0] is NaN in FP8 E4M3 (byte 0xFF)",
+    }
+    for number, ((name, at, code), text) in enumerate(cases.items()):
+        message = f"{name}: element {text}"
         damaged = support.copy_folder(source, tmp_path / f"damaged{number}")
         path = shard_with(damaged, name)
         raw = bytearray(path.read_bytes())
@@ -303,7 +361,7 @@ def test_an_expert_number_out_of_range_in_tid2eid_stops_the_run(source: Path, tm
     )
 
 
-# --- places --------------------------------------------------------------------------------------------------------------
+# --- places ---
 
 
 def test_an_output_folder_that_holds_something_else_is_refused_and_left_as_it_is(source: Path, tmp_path: Path) -> None:
@@ -421,7 +479,7 @@ def test_a_missing_recipe_file_is_refused(mini_source: Path, tmp_path: Path) -> 
     assert_refused(run("plan", mini_source, "--recipe", tmp_path / "r.toml"), "r.toml: cannot be read as a recipe")
 
 
-# --- converted folders ------------------------------------------------------------------------------------------------
+# --- converted folders ---
 
 
 @pytest.mark.parametrize(
@@ -493,7 +551,7 @@ def test_verify_and_diff_refuse_a_folder_that_is_none(tmp_path: Path, mini_sourc
     assert_refused(run("verify", tmp_path / "file"), "no such folder")
 
 
-# --- the program as a process ---------------------------------------------------------------------------------------
+# --- the program as a process ---
 
 
 def test_a_traceback_appears_with_vv_and_never_without(source: Path) -> None:

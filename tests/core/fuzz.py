@@ -4,6 +4,7 @@ several times; the program has to refuse it, or to accept it if the damage did n
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -14,12 +15,16 @@ from typing import Any
 from tests.support import INDEX, frame
 
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 31, 2**31, 2**32, 2**48, 2**53, 2**63, 2**64, 10**30, -(2**63), 1.5, -0.0, 1e308,
-    "", "a", "..", "../x.safetensors", "/etc/passwd", "\u00b2", "\u202e", "\x1b[2J", "x" * 3000, "\ud800", "I8", "BF16",
+    None, True, False, 0, -1, 1, 2, 3, 7, 31, 2**31, 2**32, 2**48, 2**53, 2**63, 2**64, 10**30, -(2**63), 1.5,
+    -0.0, 1e308, "", "a", "..", "../x.safetensors", "/etc/passwd", "\u00b2", "\u202e", "\x1b[2J", "x" * 3000,
+    "\ud800", "I8", "BF16",
     "F8_E4M3", "deepseek_v4", "fp4", "fp8", "mtp.0.x", "mtp.999.x", "mtp.\u00b2.x", "__metadata__", [], {}, [[]], [{}],
     [0], [0, 0], [1, 0], [2**63, 2**63], ["a"], {"a": 1}, [[[[]]]], [0] * 200,
 ]  # fmt: skip
-BYTES = [b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u", b"\\ud83d", b"e999", b"-", b"9" * 50, b"NaN", b"\xf0\x9f\x98\x80"]  # fmt: skip
+BYTES = [
+    b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u", b"\\ud83d", b"e999",
+    b"-", b"9" * 50, b"NaN", b"\xf0\x9f\x98\x80",
+]  # fmt: skip
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -31,11 +36,16 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return out
 
 
+def junk(rng: random.Random) -> Any:
+    """Return a value of its own that hardly fits anywhere."""
+    return copy.deepcopy(rng.choice(JUNK))
+
+
 def mutate_value(rng: random.Random, table: Any) -> Any:
     """Return the JSON value with one place replaced, removed, doubled, renamed or nudged."""
     found = places(table)
     if not found or rng.random() < 0.02:
-        return rng.choice(JUNK)
+        return junk(rng)
     path = rng.choice(found)
     if len(path) > 1 and rng.random() < 0.3:
         path = path[:1]
@@ -45,14 +55,14 @@ def mutate_value(rng: random.Random, table: Any) -> Any:
     key, kind = path[-1], rng.randrange(6)
     old = holder[key]
     if kind == 0:
-        holder[key] = rng.choice(JUNK)
+        holder[key] = junk(rng)
     elif kind == 1:
         del holder[key]
     elif kind == 2 and isinstance(holder, dict):
-        new = rng.choice(JUNK)
+        new = junk(rng)
         holder[new if isinstance(new, str) else f"{key}{new}"[:50]] = holder.pop(key)
     elif kind == 3 and isinstance(holder, list):
-        holder.insert(rng.randrange(len(holder) + 1), rng.choice([old, *JUNK]))
+        holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(rng.choice([old, *JUNK])))
     elif type(old) is int:
         holder[key] = old + rng.choice([-1, 1, 2, -old, old, 128, 1 << 20])
     elif isinstance(old, str) and old:
@@ -65,7 +75,7 @@ def mutate_value(rng: random.Random, table: Any) -> Any:
         value = table
         for step in other:
             value = value[step] if not isinstance(value, (int, float, str, type(None))) else value
-        holder[key] = value if other[: len(path)] != path and path[: len(other)] != other else None
+        holder[key] = copy.deepcopy(value) if other[: len(path)] != path and path[: len(other)] != other else None
     return table
 
 

@@ -54,7 +54,10 @@ def test_a_built_header_parses_to_the_same_tensors(
     assert at == size
 
 
-NUMPY = {"U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2", "I32": "i4", "U32": "u4", "F32": "f4", "I64": "i8", "F64": "f8"}  # fmt: skip
+NUMPY = {
+    "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2",
+    "I32": "i4", "U32": "u4", "F32": "f4", "I64": "i8", "F64": "f8",
+}  # fmt: skip
 ARRAYS = st.dictionaries(
     st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=9),
     st.tuples(st.sampled_from(sorted(NUMPY)), SHAPES, st.integers(0, 2**31)),
@@ -120,7 +123,7 @@ def test_splitting_loses_nothing_keeps_order_and_makes_no_empty_shard(sizes: lis
     assert all(sum(sizes[i] for i in g) <= limit or len(g) == 1 for g in groups)
 
 
-# --- refusals: each message names file and tensor -----------------------------------------------------------------------
+# --- refusals: each message names file and tensor ---
 
 
 def entry(dtype: Any = "I8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[str, Any]:
@@ -271,7 +274,7 @@ def test_a_file_that_shrinks_while_its_header_is_read_is_refused(tmp_path: Path)
         _read_json(lambda size: next(pieces), 10, "m.safetensors")
 
 
-# --- the bound on memory -------------------------------------------------------------------------------------------------
+# --- the bound on memory ---
 
 
 @pytest.mark.slow
@@ -306,7 +309,7 @@ def test_a_large_document_with_wide_characters_is_refused_unparsed() -> None:
         strictjson.loads(raw, "x")
 
 
-# --- index ----------------------------------------------------------------------------------------------------------------
+# --- index ---
 
 
 def index(value: Any) -> bytes:
@@ -358,7 +361,7 @@ def test_a_good_index_gives_its_weight_map() -> None:
     assert headers.parse_index(index({"metadata": {}, "weight_map": weight_map}), "i") == weight_map
 
 
-# --- strict JSON -----------------------------------------------------------------------------------------------------------
+# --- strict JSON ---
 
 VALUES = st.recursive(
     st.none()

@@ -96,7 +96,7 @@ def test_roles_say_what_each_tensor_is() -> None:
     assert roles["mtp.0.e_proj.weight"].startswith("mtp") and roles["layers.0.attn_norm.weight"] == "norm"
 
 
-# --- storage -------------------------------------------------------------------------------------------------------------
+# --- storage ---
 
 
 def expert_specs(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -130,7 +130,7 @@ def test_a_config_without_fp8_means_bf16_everywhere() -> None:
     ]
 
 
-# --- recognition ---------------------------------------------------------------------------------------------------------
+# --- recognition ---
 
 
 def infos(inventory: Inventory, skip: tuple[str, ...] = ()) -> dict[str, TensorInfo]:

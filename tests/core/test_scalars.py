@@ -120,7 +120,7 @@ def test_bf16_rounding_is_within_half_a_step_and_ties_go_to_even(bits: int) -> N
     assert code << 16 == (low if down < up or (down == up and not (low >> 16) & 1) else high)
 
 
-# --- against mx.dequantize: every scale byte with every code byte --------------------------------------------------
+# --- against mx.dequantize: every scale byte with every code byte ---
 
 ALL_CODES = np.tile(np.arange(256, dtype=np.uint8), (255, 1))
 SCALES = np.arange(255, dtype=np.uint8)

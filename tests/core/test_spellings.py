@@ -55,7 +55,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert np.array_equal(array, second[name]), name
 
 
-# --- spellings: the same bytes under other names give the same folder ---------------------------------------------------
+# --- spellings: the same bytes under other names give the same folder ---
 
 HYBRID = [("attn.", "self_attn."), ("ffn.", "mlp."), ("gate.bias", "gate.e_score_correction_bias")]
 TO_TRANSFORMERS = [
@@ -144,7 +144,7 @@ def test_each_row_of_the_transformers_table_is_really_renamed() -> None:
     assert transformers("layers.3.ffn.experts.7.w2.weight") == "model.layers.3.mlp.experts.7.down_proj.weight"
 
 
-# --- fused experts ---------------------------------------------------------------------------------------------------------
+# --- fused experts ---
 
 
 def fuse(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def test_a_nan_code_in_a_fused_tensor_is_named_with_the_index_in_the_users_tenso
         assert not (tmp_path / "out" / "ds4convert_manifest.json").exists()
 
 
-# --- storage ---------------------------------------------------------------------------------------------------------------
+# --- storage ---
 
 
 def test_an_fp8_checkpoint_is_written_as_mxfp8_and_a_bf16_one_dense(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_columns_without_whole_groups_of_32_stop_before_the_first_byte(tmp_path:
         assert tree(tmp_path) == before
 
 
-# --- heads -----------------------------------------------------------------------------------------------------------------
+# --- heads ---
 
 
 def dspark_config() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def spread(grid: Array, rows: int, cols: int, tile: tuple[int, int]) -> Array:
     return out
 
 
-# --- scale grids -----------------------------------------------------------------------------------------------------
+# --- scale grids ---
 
 SMALL_TILES = st.tuples(st.sampled_from([1, 3, 16, 128]), st.sampled_from([32, 64, 128]))
 
@@ -135,7 +135,7 @@ def test_decode_fp8_of_a_row_slice_uses_the_scales_of_its_own_rows() -> None:
         assert np.array_equal(part, whole[first : first + 70])
 
 
-# --- every transform, random shapes and ranges ------------------------------------------------------------------------
+# --- every transform, random shapes and ranges ---
 
 
 @given(st.integers(0, 3000), st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -242,7 +242,7 @@ def test_narrow_i64_stops_at_a_value_out_of_range_and_names_it(value: int) -> No
         result(step, source)
 
 
-# --- pieces are small, also of large tensors ---------------------------------------------------------------------------
+# --- pieces are small, also of large tensors ---
 
 
 def test_pieces_of_a_tensor_of_many_chunks_stay_within_the_chunk_size() -> None:
@@ -273,7 +273,7 @@ def test_dequantizing_a_large_matrix_reads_and_writes_small_pieces() -> None:
     )
 
 
-# --- faults -------------------------------------------------------------------------------------------------------------
+# --- faults ---
 
 
 def fault(step: Step, source: Source) -> str:

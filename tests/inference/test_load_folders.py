@@ -329,6 +329,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model-mtp\.safetensors: not readable"):
         load_model(folder)
     (folder / "model-mtp.safetensors").unlink()
+    assert "stripped" in load_model(folder)[0].head.reason
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "model-1.safetensors")
     with pytest.raises(InputError, match="named by the index, but not found"):
         load_model(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')

@@ -16,9 +16,11 @@ import pytest
 from folders import edit_config, write, write_tokenizer
 from golden_data import GOLDEN, NAMES, config, golden, max_diff, model
 
-from ds4convert.inference.single_file import FILE_NAME, single_file_source
+from ds4convert.inference.single_file import single_file_source
+from ds4convert.layouts import layout_of
 
 NAME = NAMES[0]
+FILE_NAME = layout_of("mlx-lm").model_file
 mlx_lm = pytest.importorskip("mlx_lm")
 
 

@@ -1,0 +1,87 @@
+"""Kinds of option values, and the options of commands that have many: what `cli` puts before its functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Bytes with a unit: 5GB (decimal), 5GiB (binary), or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        digits = value.rstrip("abgikmtABGIKMT ")
+        unit = value[len(digits) :].strip().lower()
+        try:
+            return int(float(digits) * UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size such as 5GB or 4.5GiB", param, ctx)
+
+
+class LayoutName(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A layout by name; the known ones are the files of `manifests/layouts/`."""
+
+    name = "layout"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the known names, read only when help is asked for."""
+        from ds4convert.layouts import layouts
+
+        return "|".join(layouts())
+
+
+def conversion_options(f: F) -> F:
+    """Add the options that `plan` and `quantize` share."""
+    options = [
+        click.option("--recipe", default="native", show_default=True, metavar="NAME|FILE.toml", help="Formats."),
+        click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
+        click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
+        click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
+        click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
+        click.option("--layout", type=LayoutName(), default="inline", show_default=True),
+        click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),
+        click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
+        click.option("--hash/--no-hash", "hashing", default=True, show_default=True, help="Digest what is written."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def generation_options(f: F) -> F:
+    """Add the options of `generate`."""
+    options = [
+        click.option("--prompt", metavar="TEXT", help="The prompt; - reads it from standard input."),
+        click.option("--prompt-ids", metavar="1,2,3", help="Token ids as prompt; prints ids. Needs no tokenizer."),
+        click.option("--mtp", is_flag=True, help="Decode with the MTP head. [default: without]"),
+        click.option("--draft-depth", type=click.IntRange(1, 8), default=1, show_default=True, help="Drafts per pass."),
+        click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Most new tokens."),
+        click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Likeliest share; 1 is off."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Likeliest tokens; 0 is off."),
+        click.option("--min-p", type=float, default=0.0, show_default=True, help="Share of the likeliest; 0 is off."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Equal seeds draw equal tokens."),
+        click.option("--chat/--raw", default=None, help="The prompt as a message of a chat, or as it is. [default: "
+                     "chat where the folder has a chat template, as mlx-lm does it]"),
+        click.option("--thinking/--no-thinking", default=True, show_default=True, help="Chat with reasoning."),
+        click.option("--system", metavar="TEXT", help="The system message of the chat."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
+                     help="Precision of the computation."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f

@@ -1,0 +1,81 @@
+"""`ds4convert demo`: the whole chain on the checkpoint of the package, again and again, and only in its own folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import support
+from tests.support import assert_refused, run
+
+pytest.importorskip("mlx.core")
+EMBEDDED = support.ROOT / "manifests" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], float]:
+    """Return the folder of a demo, what it found, and the seconds of processor time that it took."""
+    folder = tmp_path_factory.mktemp("demo") / "here"
+    start = time.process_time()
+    result = run("demo", folder, "--json")
+    assert result.code == 0, result.err
+    return folder, dict(result.json), time.process_time() - start
+
+
+def test_the_chain_ends_well_and_in_time(demo: tuple[Path, dict[str, Any], float]) -> None:
+    _, facts, seconds = demo
+    assert facts["ok"] is True and seconds < 60
+    assert facts["inspect"]["problems"] == [] and facts["inspect"]["mtp"]["kind"] == "classic"
+    assert facts["verify"]["ok"] is True and facts["diff"]["changed"] == 0
+    decode = facts["decode"]
+    assert decode["greedy_equal"] is True and decode["plain"]["text"] == decode["mtp"]["text"]
+    assert decode["mtp"]["acceptance"] > 0.5 and decode["mtp"]["tokens_per_pass"] > 1.5
+    words = decode["mtp"]["text"].split()
+    assert len(words) > 20 and sum(w.strip(".,;:?").isalpha() for w in words) > 0.9 * len(words)
+
+
+def test_the_source_is_the_checkpoint_of_the_package(demo: tuple[Path, dict[str, Any], float]) -> None:
+    folder, facts, _ = demo
+    found = {p.name: p.read_bytes() for p in (folder / "source").iterdir()}
+    wanted = {p.name: p.read_bytes() for p in EMBEDDED.iterdir() if p.is_file() and p.suffix != ".md"}
+    assert found == wanted
+    assert facts["copied"]["bytes"] == sum(map(len, found.values())) < 6_000_000
+
+
+def test_a_second_demo_changes_nothing_and_tells_every_step(demo: tuple[Path, dict[str, Any], float]) -> None:
+    folder, facts, _ = demo
+    before = support.tree(folder)
+    result = run("demo", folder)
+    assert result.code == 0 and support.tree(folder) == before
+    for command in ("inspect", "quantize", "verify", "diff", "generate"):
+        assert f"$ ds4convert {command} " in result.out
+    assert result.out.count(facts["decode"]["mtp"]["text"]) == 2
+    assert "equal, token by token" in result.out and "tokens per backbone pass" in result.out
+
+
+def test_a_demo_that_was_interrupted_goes_on(demo: tuple[Path, dict[str, Any], float], tmp_path: Path) -> None:
+    folder = support.copy_folder(demo[0], tmp_path / "here")
+    (folder / "source" / "model-00002-of-00004.safetensors").unlink()
+    (folder / "mlx" / "ds4convert_manifest.json").unlink()
+    for path in (folder / "mlx").iterdir():
+        path.unlink()
+    assert run("demo", folder, "-q").code == 0
+    assert support.tree(folder) == support.tree(demo[0])
+
+
+def test_a_folder_of_someone_else_is_left_alone(demo: tuple[Path, dict[str, Any], float], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    support.copy_folder(demo[0], tmp_path / "other")
+    config = tmp_path / "other" / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 256}))
+    before = support.tree(tmp_path)
+    assert_refused(run("demo", tmp_path / "full"), "is not empty and no earlier demo", "ds4convert demo DIR")
+    assert_refused(run("demo", tmp_path / "file"), "is a file")
+    assert_refused(run("demo", tmp_path / "other"), "config.json: is not the demo's")
+    assert support.tree(tmp_path) == before
