@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds4convert import logical, mtp_facts, prompts, verdict, verify
+from ds4convert import layerwise_check, logical, mtp_facts, prompts, verdict, verify
 from ds4convert.errors import Ds4Error, InputError, UsageError
 from ds4convert.folder import read_checkpoint, resolve_inside
 from ds4convert.types import JSON, TensorInfo
@@ -46,6 +46,7 @@ class Request:
     rtol: float = 0.0
     dtype: str | None = None
     wants_report: bool = False
+    layerwise: bool = False
     jobs: int = 2
 
 
@@ -91,7 +92,7 @@ def level_of(level: str | None, mtp: bool, source: bool, report: bool = False) -
 
 def needs_model(request: Request) -> bool:
     """Return whether a request goes beyond the files."""
-    return request.level in RUNNING or request.reference is not None
+    return request.level in RUNNING or request.reference is not None or request.layerwise
 
 
 def run(request: Request, say: Say = lambda text: None, progress: verify.Progress = lambda n: None) -> Outcome:
@@ -101,6 +102,8 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
     fit.
     """
     out = Outcome()
+    if request.layerwise and (request.mtp or request.reference or request.level in RUNNING):
+        raise UsageError("--layerwise never holds the whole model, so it cannot decode: leave out the other options")
     plan = _prepare(request, say) if needs_model(request) else None
     out.checks = verify.structure(request.folder, request.jobs, progress)
     if not all(c.ok for c in out.checks):
@@ -109,7 +112,13 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
         out.checks += verify.against_source(request.folder, request.source, request.jobs, progress)
     if request.wants_report:
         out.facts["groups"] = mtp_facts.groups(request.folder)
-    if plan is not None:
+    if plan is not None and request.layerwise:
+        ids = [list(p.ids) for p in plan.prompts]
+        checks, out.facts["layerwise"] = layerwise_check.run(
+            request.folder, ids, plan.vocab, request.source, request.dtype, progress
+        )
+        out.checks += checks
+    elif plan is not None:
         _with_model(request, plan, out, say)
     return out
 
@@ -121,6 +130,7 @@ class _Plan:
     prompts: list[Prompt]
     compute: Compute
     reference: Any
+    vocab: int
 
 
 def _prepare(request: Request, say: Say) -> _Plan:
@@ -137,8 +147,9 @@ def _prepare(request: Request, say: Say) -> _Plan:
         chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
     context = max((len(p.ids) for p in chosen), default=0) + request.max_tokens
     compute = evaluate.choose_compute(request.folder, context, "float32" if reference else request.dtype)
-    _warn_of_memory(compute, say)
-    return _Plan(chosen, compute, reference)
+    if not request.layerwise:
+        _warn_of_memory(compute, say)
+    return _Plan(chosen, compute, reference, args.vocab_size)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

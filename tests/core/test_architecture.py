@@ -21,8 +21,8 @@ SHELL = {
     "synth",
 }  # fmt: skip
 EDGE = {
-    "inspection", "summary", "report", "generation", "demo", "choices", "cli", "__main__", "__init__",
-    "prompts", "verdict", "mtp_facts", "mtp_check", "html_report",
+    "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
+    "layerwise_check", "demo", "choices", "cli", "__main__", "__init__",
 }  # fmt: skip
 RINGS = dict.fromkeys(CORE, 0) | dict.fromkeys(SHELL, 1) | dict.fromkeys(EDGE, 2)
 """A new module has to be placed in a ring here."""
