@@ -41,5 +41,5 @@ def test_peak_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     two, eight = measure(folder(tmp_path, 2)), measure(folder(tmp_path, 8))
     dense_layer = 32 * 3 * 512 * 512 * 4
     assert eight["weights"] - two["weights"] > 5.5 * two["largest_layer"]
-    assert eight["mlx_peak"] - two["mlx_peak"] < two["largest_layer"] / 4
+    assert eight["mlx_peak"] - two["mlx_peak"] < two["largest_layer"]
     assert eight["peak_rss"] - two["peak_rss"] < dense_layer / 3, "six more layers would be six times dense_layer"
