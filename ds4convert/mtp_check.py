@@ -143,7 +143,7 @@ def _prepare(request: Request, say: Say) -> _Plan:
     args = load.read_args(load.read_config(request.folder), str(request.folder))
     reference = _read_reference(request, args.max_position_embeddings)
     chosen: list[Prompt] = []
-    if given or request.level in RUNNING:
+    if given or request.level in RUNNING or request.layerwise:
         chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
     context = max((len(p.ids) for p in chosen), default=0) + request.max_tokens
     compute = evaluate.choose_compute(request.folder, context, "float32" if reference else request.dtype)

@@ -158,3 +158,9 @@ def test_json_is_the_only_thing_on_standard_output(demo: Path, short: Path) -> N
     result = run("verify", demo, "--level", "decode", "--prompts", short, "--max-tokens", 3, "--json")
     assert json.loads(result.out)["ok"] is True and "mtp" not in result.json
     assert result.json["decode"]["plain_tokens_per_second"] > 0
+
+
+def test_layerwise_takes_the_fixed_prompts_as_decoding_does(demo: Path) -> None:
+    result = run("verify", demo, "--layerwise", "--json")
+    assert result.code == 0 and result.json["layerwise"], result.err
+    assert "570" in next(c["detail"] for c in result.json["checks"] if c["name"] == "layerwise head")
