@@ -10,6 +10,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -81,6 +82,32 @@ def generation_options(f: F) -> F:
         click.option("--system", metavar="TEXT", help="The system message of the chat."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
                      help="Precision of the computation."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def verify_options(f: F) -> F:
+    """Add the options of `verify`."""
+    options = [
+click.option("--source", metavar="SRC", help="Compare every tensor with this source checkpoint."),
+click.option("--mtp", is_flag=True, help="Decode with and without the head: acceptance, speed, equality, verdict."),
+click.option(
+    "--level",
+    type=click.Choice(["structure", "source", "numerics", "decode"]),
+    help="How far to look. [default: decode with --mtp or --report, source with --source, else structure]",
+),
+click.option("--prompts", type=FILE, metavar="FILE", help="One prompt a line, or a JSON list; ids: [1,2,3] or 1,2,3."),
+click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens per prompt."),
+click.option("--draft-depth", type=click.IntRange(1, 8), default=1, show_default=True, help="Drafts per pass."),
+click.option("--reference", type=FILE, metavar="FILE.safetensors", help="Compare with recordings, in float32."),
+click.option("--atol", type=click.FloatRange(0), default=2e-4, show_default=True, help="Of logits; hidden: x 1.5."),
+click.option("--rtol", type=click.FloatRange(0), default=0.0, show_default=True, help="Relative to the recording."),
+click.option("--report", "page", type=PATH, metavar="FILE.html", help="Write one self-contained page."),
+click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32 where memory allows]"),
+click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers."),
+        click.option("--layerwise", is_flag=True, help="One layer in memory at a time: perplexity, drafts, KL."),
     ]  # fmt: skip
     for option in reversed(options):
         f = option(f)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds4convert.choices import PATH, F, conversion_options, generation_options
+from ds4convert.choices import PATH, F, conversion_options, generation_options, verify_options
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -250,33 +250,50 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
 
 @cli.command()
 @click.argument("mlx_dir", type=PATH)
-@click.option("--source", metavar="SRC", help="Compare every tensor with this source checkpoint.")
-@click.option(
-    "--level",
-    type=click.Choice(["structure", "source"]),
-    help="How far to look. [default: source with --source, else structure]",
-)
-@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
+@verify_options
 @common()
-def verify(session: Session, mlx_dir: Path, source: str | None, level: str | None, jobs: int) -> int:
+def verify(
+    session: Session, mlx_dir: Path, source: str | None, level: str | None, page: Path | None, **options: Any
+) -> int:
     """Check a converted folder: finished, complete, unaltered, and equal to its source. Exit code 1 if not.
 
     \b
     Example: ds4convert verify DeepSeek-V4-Flash-mlx --source DeepSeek-V4-Flash
+             ds4convert verify DeepSeek-V4-Flash-mlx --mtp --draft-depth 2 --report flash.html
+
+    \b
+    --mtp says one of:
+      works        acceptance of first drafts at least 10 % and 1.5 times that of always proposing the commonest
+                   token; the same against the backbone's choices on the prompts (5 %, 1.5 times);
+                   below 40 % it is called weak (published heads: 59 to 82 %)
+      useless      below that: wrong kind of head, over-quantized, wired wrongly; exit code 1
+      scrambled    exchanging two parts of the head (norms, projections, matrices of two experts)
+                   brings it nearer to the backbone by 3 standard errors, or each of two experts
+                   fits the other's matrix by 3.5 standard errors; exit code 1
+      no head      and whether it never had one, was dropped, or was stripped; exit code 1
+      numerics off NaN or infinite values; decoding differs from prefill by over 0.002 in float32
+                   (bfloat16: median KL over 0.005); perplexity of the best text over a quarter of
+                   the vocabulary; greedy text with the head differs where the top-2 margin is over
+                   0.001 in float32 (bfloat16: 0.5); exit code 1
+
+    Altered bytes are named by the manifest's digests, unless it was written with --no-hash. Acceptance cannot see
+    every exchange: in a folder whose manifest was recomputed after a change, only --source or --reference can tell
+    for certain.
     """
-    from ds4convert import report
+    from ds4convert import html_report, mtp_check, report
     from ds4convert import verify as verifying
 
-    if level == "source" and source is None:
-        raise click.UsageError("--level source needs --source SRC")
-    if level == "structure" and source is not None:
-        raise click.UsageError("--level structure does not look at a source; leave out --source")
+    reached = mtp_check.level_of(level, options["mtp"], source is not None, page is not None)
+    depth = options.pop("draft_depth")
+    given = _local(source) if source else None
+    request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)
     with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
-        checks = verifying.structure(mlx_dir, jobs, progress)
-        if source is not None:
-            checks += verifying.against_source(mlx_dir, _local(source), jobs, progress)
-    session.emit(verifying.as_json(checks), report.checks(checks))
-    return 0 if all(c.ok for c in checks) else 1
+        outcome = mtp_check.run(request, session.note, progress)
+    if page is not None:
+        html_report.write(page, mlx_dir, outcome.as_json())
+        session.note(f"Report: {page}")
+    session.emit(outcome.as_json(), report.verification(outcome.checks, outcome.facts))
+    return 0 if all(c.ok for c in outcome.checks) else 1
 
 
 @cli.command()

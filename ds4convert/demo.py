@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from ds4convert import compare, convert, generation, inspection, report, summary, verify
+from ds4convert import compare, convert, generation, html_report, inspection, mtp_check, report, summary
 from ds4convert import plan as plans
 from ds4convert.errors import OutputError
 from ds4convert.files import Disk, disk_errors
@@ -18,6 +18,9 @@ from ds4convert.types import JSON
 SOURCE, RESULT, PAGE = "source", "mlx", "report.html"
 PROMPT = "Now after many days the word of the LORD came"
 """In the manner of the text that the checkpoint was trained on, but not in it."""
+
+NEW_TOKENS = 32
+"""Per prompt: enough to see the head work, in a few seconds."""
 
 Say = Callable[[str], None]
 
@@ -39,24 +42,32 @@ def run(folder: Path, say: Say) -> JSON:
     _show(say, f"ds4convert quantize {source} {result} --keep-mtp", "to MLX, value for value, head included")
     facts["quantize"] = _quantize(source, result)
     say(f"{report.size(facts['quantize']['output_bytes'])} written, head {facts['quantize']['head']}")
-    _show(say, f"ds4convert verify {result} --source {source}", "the proof, tensor by tensor")
-    checks = [*verify.structure(result), *verify.against_source(result, source)]
-    say(report.checks(checks))
-    facts["verify"] = verify.as_json(checks)
+    facts["verify"] = _verify(source, result, folder / PAGE, say)
     _show(say, f"ds4convert diff {source} {result}", "the same question, asked from outside")
     views = inspection.view_of(source), inspection.view_of(result)
     facts["diff"] = compare.summarise(compare.compare_views(*views))
     say(report.differences(facts["diff"]))
-    facts["decode"] = _decode_report(result, folder, say)
+    facts["decode"] = _decode(result, say)
     unlike = facts["diff"]["changed"] + facts["diff"]["only_a"] + facts["diff"]["only_b"]
     return facts | {"ok": facts["verify"]["ok"] and not unlike and facts["decode"]["ok"]}
 
 
-def _decode_report(result: Path, folder: Path, say: Say) -> JSON:
-    """Decode with and without the head and return both runs; `ok` if the greedy texts are equal and the head is of use.
+def _verify(source: Path, result: Path, page: Path, say: Say) -> JSON:
+    """Prove the values, decode the fixed prompts with and without the head, and write the page."""
+    command = f"ds4convert verify {result} --source {source} --mtp --max-tokens {NEW_TOKENS} --report {page}"
+    _show(say, command, "the proof, tensor by tensor, and the head at work")
+    request = mtp_check.Request(
+        result, "decode", mtp=True, source=source, max_tokens=NEW_TOKENS, dtype="float32", wants_report=True
+    )
+    outcome = mtp_check.run(request, say)
+    facts = outcome.as_json()
+    html_report.write(page, result, facts)
+    say(report.verification(outcome.checks, outcome.facts))
+    return facts
 
-    PLUG IN HERE: `verify --mtp` and its page (`folder / PAGE`), which say all this on a set of prompts.
-    """
+
+def _decode(result: Path, say: Say) -> JSON:
+    """Decode with and without the head; `ok` if the greedy texts are equal and the head is of use."""
     plain = _generate(result, say, "the text, without the head")
     mtp = _generate(result, say, "the same text, drafted by the head and verified by the backbone", mtp=True)
     warm = _generate(result, say, "drawn instead of greedy; the drafts keep the distribution", mtp=True, temp=0.7)

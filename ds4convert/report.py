@@ -148,6 +148,25 @@ def checks(found: Sequence[Check]) -> str:
     return "\n".join([*lines, "", verdict])
 
 
+def verification(found: Sequence[Check], facts: JSON) -> str:
+    """Return the text of `verify`: the checks, the prompts decoded, and the verdict on the head."""
+    text, head = checks(found), facts.get("mtp")
+    if not head:
+        return text
+    lines = []
+    if head.get("per_prompt"):
+        rows = [
+            (p["prompt"], p["new_tokens"], f"{p['acceptance']:.1%}", f"{p['tokens_per_pass']:.2f}",
+             p["plain_tokens_per_second"], p["mtp_tokens_per_second"])
+            for p in head["per_prompt"]
+        ]  # fmt: skip
+        lines += ["", table(("prompt", "tokens", "acceptance", "per pass", "plain tok/s", "MTP tok/s"), rows)]
+        lines += ["", f"draft depth {head['draft_depth']}, head stored as {head['format']}"]
+        places = [f"{p['position']}: {p['acceptance']:.1%}" for p in head["per_position"] if p["drafted"]]
+        lines += [f"acceptance per draft position  {', '.join(places)}"]
+    return "\n".join([text, *lines, "", head["verdict"]])
+
+
 def differences(facts: JSON, shown: int = 40) -> str:
     """Return the text of `diff`."""
     unlike = [t for t in facts["tensors"] if t["status"] not in {"same", "moved", "same values, other format"}]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,21 @@ def load_model(
     """
     import mlx.core as mx
 
+    model, config = open_model(folder, require_manifest=require_manifest, drafter=drafter)
+    model.set_compute_dtype({"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype])
+    if dense:
+        model.dequantize()
+    mx.eval(model.parameters())
+    return model, config
+
+
+def open_model(
+    folder: Path, *, require_manifest: bool = True, drafter: Path | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """The model of a folder and its config.json: every name and shape checked, no tensor read from disk yet.
+
+    Dtypes are those stored. What is evaluated is read then, and stays as long as the model holds it.
+    """
     if require_manifest and not (folder / MANIFEST).is_file():
         raise InputError(
             f"{folder}: no {MANIFEST}, so this is not a finished conversion of ds4convert. "
@@ -53,14 +69,14 @@ def load_model(
         )
     config = read_config(folder)
     weights = read_weights(folder)
-    if not any(name.startswith(("mtp.", "model.mtp.")) for name in weights):
+    if not has_head_inside(weights):
         config, weights = _with_drafter(folder, drafter, config, weights)
-    model = build_model(config, weights, str(folder))
-    model.set_compute_dtype({"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype])
-    if dense:
-        model.dequantize()
-    mx.eval(model.parameters())
-    return model, config
+    return build_model(config, weights, str(folder)), config
+
+
+def has_head_inside(names: Iterable[str]) -> bool:
+    """Whether a folder's own tensors are those of a model with its head, so that no drafter folder is asked."""
+    return any(name.startswith(("mtp.", "model.mtp.")) for name in names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -215,8 +231,7 @@ def _with_drafter(
     folder: Path, drafter: Path | None, config: dict[str, Any], weights: dict[str, mx.array]
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Config and weights with the head from its own folder added, where there is one."""
-    places = [drafter] if drafter else [folder / "mtp", folder.with_name(f"{folder.name}-mtp")]
-    place = next((place for place in places if (place / "config.json").is_file()), None)
+    place = _drafter_place(folder, drafter)
     if place is None:
         if drafter is not None:
             raise InputError(f"{drafter}: no config.json, so no head can be loaded from it")
@@ -240,9 +255,93 @@ def _with_drafter(
     return merged, weights | head
 
 
+def _drafter_place(folder: Path, drafter: Path | None) -> Path | None:
+    """The folder that holds the head alone, if there is one."""
+    places = [drafter] if drafter else [folder / "mtp", folder.with_name(f"{folder.name}-mtp")]
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
 def _drafter_name(name: str) -> str:
     """Name inside the whole model of a tensor or module in a drafter folder."""
     return name if name.startswith("mtp.") else f"mtp.0.{name}"
+
+
+DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "uint8", "F8_E8M0": "uint8",
+    "U8": "uint8", "I8": "int8", "U32": "uint32", "I32": "int32", "I64": "int64",
+}  # fmt: skip
+"""Names of safetensors to those of mlx, which reads FP8 as bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one tensor lies: its name on disk, file, dtype (name of safetensors), shape, absolute byte range."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    def read(self, row: int | None = None) -> mx.array:
+        """The tensor, or row `row` of its leading axis alone, read from disk now. InputError where it cannot be."""
+        import mlx.core as mx
+
+        shape, start, size = self.shape, self.start, self.size_bytes
+        if row is not None:
+            shape, size = shape[1:], size // shape[0]
+            start += row * size
+        if self.dtype not in DTYPES:
+            raise InputError(f"{self.name}: dtype {self.dtype} is not one that the model reads ({self.path})")
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(size)
+        except OSError as error:
+            raise InputError(f"{self.name}: not readable from {self.path}: {error}") from None
+        if len(data) != size:
+            raise InputError(f"{self.name}: {self.path} ends inside it; expected {size} bytes at {start}")
+        codes = mx.array(memoryview(data))  # type: ignore[arg-type]
+        return codes.view(getattr(mx, DTYPES[self.dtype])).reshape(shape)
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of a folder lies, by its name on disk; InputError names one that its file is too short for."""
+    return {tensor.name: tensor for path in weight_files(folder) for tensor in _read_header(path)}
+
+
+def _read_header(path: Path) -> list[Stored]:
+    found = []
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            base = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(base, size) - 8))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                found.append(Stored(name, path, entry["dtype"], tuple(entry["shape"]), base + start, end - start))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not readable as safetensors: {error}") from None
+    for tensor in found:
+        if tensor.start + tensor.size_bytes > size:
+            raise InputError(f"{tensor.name}: {path} has {size} bytes and ends before this tensor does")
+    return found
+
+
+def stored_parameters(folder: Path, drafter: Path | None = None) -> dict[str, Stored]:
+    """Where each tensor of the model of a folder lies, by this model's spelling; experts as they are stored.
+
+    A head in a folder of its own is included, as in `open_model`.
+    """
+    from .weights import canonical_name
+
+    found = stored_tensors(folder)
+    place = None if has_head_inside(found) else _drafter_place(folder, drafter)
+    if place is not None:
+        found |= {_drafter_name(name): tensor for name, tensor in stored_tensors(place).items()}
+    return {canonical_name(name): tensor for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)
@@ -263,13 +362,9 @@ def memory_estimate(folder: Path, context: int, dtype: str = "bfloat16") -> Memo
     args = read_args(read_config(folder), str(folder))
     width = {"float32": 4, "bfloat16": 2}[dtype]
     total = 0
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                total += (end - start) * width // 2 if entry["dtype"] in ("BF16", "F16") else end - start
+    for tensor in stored_tensors(folder).values():
+        size = tensor.size_bytes
+        total += size * width // 2 if tensor.dtype in ("BF16", "F16") else size
     return MemoryEstimate(total, cache_size_bytes(args, context, width))
 
 

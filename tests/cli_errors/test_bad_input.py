@@ -206,6 +206,10 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ("config.json", "not valid JSON")),
     "config empty": (lambda f: (f / "config.json").write_text(""), ("config.json", "not valid JSON")),
     "config a folder": (as_folder("config.json"), ("config.json", "is not a regular file")),
+    "config of 101 MB": (
+        lambda f: os.truncate(f / "config.json", 101_000_000),
+        ("config.json: 101000000 bytes, expected at most 100000000",),
+    ),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected a JSON object")),
     "config with half a surrogate": (config(a="\ud800"), ("config.json", "surrogate")),
     "wrong model_type": (

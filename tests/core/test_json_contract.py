@@ -121,7 +121,7 @@ def test_verify_has_the_keys_of_the_contract_and_code_1_when_a_check_fails(mini_
     raw[-1] ^= 1
     path.write_bytes(raw)
     facts = document(run("verify", out, "--json"), code=1)
-    assert facts["ok"] is False and [c["name"] for c in facts["checks"] if not c["ok"]] == ["digests"]
+    assert facts["ok"] is False and [c["name"] for c in facts["checks"] if not c["ok"]] == ["digests", "tensor digests"]
 
 
 def test_diff_has_the_keys_of_the_contract_and_code_1_when_folders_differ(mini_source: Path, tmp_path: Path) -> None:

@@ -385,3 +385,32 @@ def test_mlx_scales_of_partial_tiles_decode_to_the_source(mini_source: Path) -> 
     shapes = [t.shape for t in support.read_folder(mini_source).values() if t.dtype == "F8_E4M3"]
     assert any(s[0] % 128 and s[0] > 128 for s in shapes) and any(s[1] % 128 and s[1] > 128 for s in shapes)
     assert blocks.MX_GROUP == 32
+
+
+FORMATS = [
+    ((), set()),
+    (("--mtp", "bf16"), {"head", "head experts"}),
+    (("--experts", "bf16"), {"experts"}),
+    (("--backbone", "bf16"), {"backbone", "experts"}),
+    (("--backbone", "bf16", "--experts", "native"), {"backbone"}),
+    (("--recipe", "bf16"), {"backbone", "experts", "head", "head experts"}),
+    (("--recipe", "bf16", "--mtp", "native"), {"backbone", "experts"}),
+]
+
+
+@pytest.mark.parametrize(("options", "dense"), FORMATS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_each_format_option_reaches_exactly_the_part_that_it_names(
+    options: tuple[str, ...], dense: set[str], mini_source: Path, tmp_path: Path
+) -> None:
+    converted(mini_source, tmp_path / "o", *options)
+    stored = support.read_folder(tmp_path / "o")
+    probes = {
+        "backbone": "model.layers.1.attn.wkv.weight",
+        "experts": "model.layers.1.ffn.switch_mlp.up_proj.weight",
+        "head": "mtp.0.e_proj.weight",
+        "head experts": "mtp.0.ffn.switch_mlp.up_proj.weight",
+    }
+    assert {part for part, name in probes.items() if stored[name].dtype == "BF16"} == dense
+    assert {stored[name].dtype for name in probes.values()} <= {"BF16", "U32"}
+    plain = "model.layers.1.attn.compressor.wkv.weight"
+    assert stored[plain].dtype == "BF16" and f"{plain.removesuffix('weight')}scales" not in stored
