@@ -62,11 +62,14 @@ def structure(path: Path, jobs: int = 2, progress: Progress = lambda n: None) ->
         checks.append(Check("files", *_files(path, record)))
         checks.append(Check("digests", *_digests(path, record, jobs, progress)))
     try:
-        found = {t.name: (t, "") for t in read_checkpoint(path).tensors()}
-        folder = logical.read_mlx(path)
+        checkpoint = read_checkpoint(path)
+        if record is None and checkpoint.config is not None and not logical.is_mlx(checkpoint):
+            return [Check("finished", False, "not a converted folder; convert it first: ds4convert quantize SRC OUT")]
+        folder = logical.read_mlx(path, checkpoint)
     except Ds4Error as e:
         return [*checks, Check("headers", False, str(e))]
-    checks.append(Check("headers", True, f"{len(found)} tensors in {len(folder.checkpoint.files)} files"))
+    count = sum(len(h.tensors) for h in checkpoint.headers)
+    checks.append(Check("headers", True, f"{count} tensors in {len(checkpoint.files)} files"))
     if record is not None:
         checks.append(Check("manifest", *_against_manifest(folder, record)))
     checks.append(Check("inventory", *_inventory(folder)))

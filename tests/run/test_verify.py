@@ -303,3 +303,9 @@ def test_diff_is_json_even_where_a_value_is_not_finite(source: Path, tmp_path: P
     facts = json.loads(done.stdout, parse_constant=lambda literal: pytest.fail(f"{literal} is not JSON"))
     assert facts["changed"] == 1
     assert "not finite" in s.cli("diff", source, other, exit_code=1).stdout
+
+
+def test_a_source_checkpoint_is_told_to_be_converted_first(source: Path) -> None:
+    checks = verify.structure(source)
+    assert [(c.name, c.ok) for c in checks] == [("finished", False)]
+    assert "convert it first" in checks[0].detail
