@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 def run(folder: Path, say: Say) -> JSON:
     """Run the chain in `folder` (new, or left by an earlier demo) and return what each step found.
 
-    Raises `OutputError` when the folder holds something else; nothing that is there is ever replaced.
+    Raises `OutputError` when the folder holds something else; nothing that is there is ever replaced, but for the page.
     """
     source, result = folder / SOURCE, folder / RESULT
     _check_place(folder)
