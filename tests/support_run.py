@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -52,7 +53,12 @@ def start(*words: str | Path, **kwargs: Any) -> subprocess.Popen[str]:
     """Start the command line in a process of its own."""
     command = [sys.executable, "-m", "ds4convert", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
-    return subprocess.Popen(command, **(pipes | kwargs))
+    # A shell's background jobs ignore Ctrl-C, and so would their children: here it has to arrive.
+    return subprocess.Popen(command, preexec_fn=_heed_interrupts, **(pipes | kwargs))
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def cli(*words: str | Path, exit_code: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -91,7 +91,7 @@ def test_head_that_the_config_denies_is_not_run(folder: Path) -> None:
 def test_dspark_head_is_not_run_and_the_backbone_is(tmp_path: Path) -> None:
     from ds4convert import synth
 
-    raw = synth.shrink(support.mini_config(), None, None, "dspark")
+    raw = synth.shrink(support.mini_config(qk_rope_head_dim=32), None, None, "dspark")
     source = support.write_synth(tmp_path / "source", raw)
     seen: list[int] = []
     result = run_layerwise(source, [[1, 2, 3]], progress=seen.append)
