@@ -39,8 +39,6 @@ from ds4convert.recipes import recipe_of
 
 DEMO = Path(__file__).resolve().parent.parent / "manifests" / "demo"
 clock: Callable[[], float] = time.perf_counter
-CONTEXT = 256
-"""Tokens before the timed steps."""
 
 FORMULA = "gain = (1 + a + ... + a^K) x P(1) / (P(K+1) + H(K)), K drafts per pass, acceptance a"
 RULE = (
@@ -93,9 +91,9 @@ def fastest(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     return best
 
 
-def step_costs(model: Any, config: dict[str, Any], depths: list[int], rounds: int) -> dict[str, float]:
+def step_costs(model: Any, config: dict[str, Any], depths: list[int], rounds: int, context: int) -> dict[str, float]:
     """Return seconds of backbone passes of 1 and K+1 tokens, of one head step, and of taking back K tokens."""
-    ids = ids_of(config, CONTEXT)
+    ids = ids_of(config, context)
     caches, head = model.make_cache(), model.make_mtp_cache()
     hidden = model(mx.array([ids]), cache=caches, return_hidden=True)[1]
     model.mtp_forward(hidden[:, :-1], mx.array([ids[1:]]), head)
@@ -171,7 +169,7 @@ def growth(model: Any, prompt: list[int], count: int) -> str:
 def figures(title: str, model: Any, config: dict[str, Any], prompt: list[int], args: argparse.Namespace) -> list[str]:
     """Return the lines of one checkpoint."""
     depths = args.depths
-    cost = step_costs(model, config, depths, args.rounds)
+    cost = step_costs(model, config, depths, args.rounds, args.context)
     plain = decoded(model, prompt, args.tokens, 0)[0]
     line = prompt + plain + [0] * 16
     models: dict[str, tuple[Any, int]] = {"plain": (model, 0)} | {f"own head, K={k}": (model, k) for k in depths}
@@ -183,7 +181,7 @@ def figures(title: str, model: Any, config: dict[str, Any], prompt: list[int], a
     lines = [
         f"### {title}",
         "",
-        f"- backbone pass after {CONTEXT} tokens, ms: 1 token {ms['P1']:.2f}, {passes}",
+        f"- backbone pass after {args.context} tokens, ms: 1 token {ms['P1']:.2f}, {passes}",
         f"- head step, ms: 1 pair {ms['H1']:.2f} ({ms['H1'] / ms['P1']:.2f} of a 1-token pass), 2 pairs (after an "
         f"accepted draft) {ms['H pairs 2']:.2f}",
         f"- rollback of all caches by one token: {ms['rollback'] * 1e3:.1f} us ({ms['rollback'] / ms['P1']:.3%} of a "
@@ -231,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=16, help="routed experts of the real-size layers (Flash: 256)")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--context", type=int, default=256, help="tokens before the timed steps")
     parser.add_argument("--rounds", type=int, default=40, help="rounds of timed steps")
     parser.add_argument("--runs", type=int, default=3, help="whole runs of each kind")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
@@ -253,7 +252,7 @@ def main() -> None:
             real_size(folder, args.experts)
             model, config = load_model(folder / "real", dtype=args.dtype)
             title = f"Two layers of Flash's size, {args.experts} experts, random weights"
-            print("\n".join(figures(title, model, config, ids_of(config, 32), args)), flush=True)
+            print("\n".join(figures(title, model, config, ids_of(config, 8), args)), flush=True)
 
 
 if __name__ == "__main__":
