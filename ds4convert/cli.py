@@ -283,7 +283,8 @@ def verify(
     from ds4convert import html_report, mtp_check, report
     from ds4convert import verify as verifying
 
-    reached = mtp_check.level_of(level, options["mtp"], source is not None, page is not None)
+    decodes = page is not None and not options["layerwise"]
+    reached = mtp_check.level_of(level, options["mtp"], source is not None, decodes)
     depth = options.pop("draft_depth")
     given = _local(source) if source else None
     request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)

@@ -50,6 +50,7 @@ table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;vertical-align:top;padding:6px 10px 6px 0;border-top:1px solid var(--line);overflow-wrap:anywhere}
 th{white-space:nowrap}
 .ok{color:var(--good)}.fail{color:var(--bad);font-weight:700}
+td.ok,td.fail{white-space:nowrap;overflow-wrap:normal}
 @media(max-width:560px){table.checks tr{display:grid;grid-template-columns:3.2em 1fr}
 table.checks td:last-child{grid-column:1/3;border:0;padding-top:0}}
 """
@@ -86,9 +87,13 @@ def chart(title: str, bars: Sequence[Bar], full: float | None = None) -> str:
     )
 
 
+def _drawn(facts: JSON) -> tuple[str, ...]:
+    return _acceptance(facts), _prompts(facts), _speed(facts), _divergence(facts), _layers(facts)
+
+
 def page(name: str, facts: JSON) -> str:
     """Return the page about the folder called `name`, from the facts of `verify --json` and `groups`."""
-    parts = [part for part in (_acceptance(facts), _prompts(facts), _speed(facts), _divergence(facts)) if part]
+    parts = [part for part in _drawn(facts) if part]
     parts.append(_groups(facts))
     body = [
         f"<h1>{escape(name)}</h1>",
@@ -148,6 +153,12 @@ def _tiles(facts: JSON) -> str:
             (f"{head['speedup']:.2f} x" if head["speedup"] else "-", "speed of plain decoding"),
             ("equal" if head["greedy_equal"] else "differs", "greedy text, head and plain"),
         ]
+    if run := facts.get("layerwise"):
+        agreement = run["converted"]["acceptance"]
+        tiles += [] if agreement is None else [(f"{agreement:.1%}", "of drafts agree, teacher-forced")]
+        tiles.append((f"{run['converted']['perplexity']:.4g}", f"perplexity, {run['converted']['tokens']:,} tokens"))
+        tiles.append((size(run["memory"]["peak_rss"]), "peak memory of the layer-wise run"))
+        tiles.append((size(run["memory"]["largest_layer"]), "in the largest layer, as stored"))
     if head.get("format"):
         tiles.append((head["kind"], f"head, stored as {head['format'].replace('+', ', ')}"))
     if total:
@@ -208,6 +219,17 @@ def _divergence(facts: JSON) -> str:
         drawn = chart(f"Median KL, {part}", bars) if bars else ""
         out.append(f"<p>{escape(part)}: {escape(note)}</p>{drawn}")
     return _section("KL against the source", "Nats, median of each prompt; 0 is equal.", "".join(out))
+
+
+def _layers(facts: JSON) -> str:
+    """Hidden-state error after each layer of a layer-wise run against the source."""
+    run = facts.get("layerwise")
+    if not run or not run["stages"]:
+        return ""
+    bars = [Bar(s["stage"], s["relative_rms"], f"{s['relative_rms']:.2g}") for s in run["stages"]]
+    d = run["divergence"]
+    note = f"KL from the source: mean {d['kl_mean']:.2g}, median {d['kl_median']:.2g}, largest {d['kl_max']:.2g} nats"
+    return _section("Error of hidden states, layer by layer", note, chart("Relative RMS after each stage", bars))
 
 
 def _groups(facts: JSON) -> str:

@@ -160,6 +160,15 @@ def test_json_is_the_only_thing_on_standard_output(demo: Path, short: Path) -> N
     assert result.json["decode"]["plain_tokens_per_second"] > 0
 
 
+def test_layerwise_writes_a_page_with_its_memory_and_does_not_decode(demo: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = run("verify", demo, "--layerwise", "--report", page, "--json")
+    assert result.code == 0 and "mtp" not in result.json and "decode" not in result.json, result.err
+    text = page.read_text()
+    assert "peak memory of the layer-wise run" in text and "teacher-forced" in text
+    assert run("verify", demo, "--layerwise", "--mtp").code == 2
+
+
 def test_layerwise_takes_the_fixed_prompts_as_decoding_does(demo: Path) -> None:
     result = run("verify", demo, "--layerwise", "--json")
     assert result.code == 0 and result.json["layerwise"], result.err
