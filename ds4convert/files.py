@@ -21,8 +21,8 @@ from ds4convert.errors import EnvironmentFault
 PARTIAL = ".partial"
 PAGE = 4096
 WRITE_BYTES = 256 << 10
-"""Largest single write. Measured on ext4: whole aligned megabytes make the kernel look for pages that large, at six
-times the cost; smaller writes never do (benchmarks/RESULTS.md)."""
+"""Largest single write. Measured on ext4: whole aligned megabytes cost the kernel three to nine times as much,
+presumably in finding pages that large; smaller writes never do (benchmarks/RESULTS.md)."""
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -97,7 +97,7 @@ class Disk:
         """Move `size` bytes inside the kernel. Return False where that is not possible or not worth it.
 
         Where source and target lie differently within their pages, no disk can share the blocks, and the kernel
-        takes twice the time of a copy through a buffer (benchmarks/RESULTS.md): those are left to the caller.
+        takes half as long again as a copy through a buffer (benchmarks/RESULTS.md): those are left to the caller.
         """
         if (start - offset) % PAGE:
             return False
