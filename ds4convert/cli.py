@@ -248,6 +248,30 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     session.emit(facts, report.conversion(facts, str(out)))
 
 
+def _without_effect(options: dict[str, Any], report: bool, level: str | None) -> list[str]:
+    """Return a sentence for each option of `verify` that was given and that this run has no use for."""
+    context = click.get_current_context()
+    given = {n for n in options if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE}
+    decodes = (options["mtp"] or report or level == "decode") and not options["layerwise"]
+    runs = decodes or options["layerwise"] or level == "numerics"
+    needs = {
+        "atol": (options["reference"], "--reference"),
+        "rtol": (options["reference"], "--reference"),
+        "draft_depth": (decodes, "decoding: --mtp"),
+        "max_tokens": (decodes, "decoding: --mtp or --level decode"),
+        "prompts": (runs, "--mtp, --layerwise or --level numerics"),
+        "dtype": (
+            runs and not options["reference"],
+            "--mtp, --layerwise or --level numerics, in float32 with --reference",
+        ),
+    }
+    return [
+        f"--{name.replace('_', '-')} has no effect here; it is for {what}"
+        for name, (used, what) in needs.items()
+        if name in given and not used
+    ]
+
+
 @cli.command()
 @click.argument("mlx_dir", type=PATH)
 @verify_options
@@ -283,6 +307,8 @@ def verify(
     from ds4convert import html_report, mtp_check, report
     from ds4convert import verify as verifying
 
+    for text in _without_effect(options, page is not None, level):
+        session.warn(text)
     decodes = page is not None and not options["layerwise"]
     reached = mtp_check.level_of(level, options["mtp"], source is not None, decodes)
     depth = options.pop("draft_depth")

@@ -173,3 +173,11 @@ def test_layerwise_takes_the_fixed_prompts_as_decoding_does(demo: Path) -> None:
     result = run("verify", demo, "--layerwise", "--json")
     assert result.code == 0 and result.json["layerwise"], result.err
     assert "570" in next(c["detail"] for c in result.json["checks"] if c["name"] == "layerwise head")
+
+
+def test_options_that_a_run_has_no_use_for_are_said_to_have_none(demo: Path) -> None:
+    result = run("verify", demo, "--draft-depth", 3, "--max-tokens", 9, "--atol", 0.1, "--json")
+    assert result.code == 0 and json.loads(result.out)["ok"]
+    for name in ("--draft-depth", "--max-tokens", "--atol"):
+        assert f"{name} has no effect here" in result.err
+    assert "no effect" not in run("verify", demo, "--json").err
