@@ -113,7 +113,7 @@ def test_sdist_and_tree_give_the_same_wheel(wheel: Path, dist: Path, tree: Path,
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         names = {n.partition("/")[2] for n in t.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "ds4convert/cli.py"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "ds4convert/cli/session.py"} <= names
 
 
 def test_the_metadata_ask_for_the_right_mlx_on_each_system(wheel: Path) -> None:

@@ -1,0 +1,129 @@
+"""`inspect`, `plan`, `quantize`: what a checkpoint is, what a conversion would write, and the conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ds4convert.choices import PATH, conversion_options
+from ds4convert.cli.session import Session, cli, common, config_bytes, local, model_source
+from ds4convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from ds4convert.convert import Source
+    from ds4convert.plan import Options
+    from ds4convert.types import Plan
+
+
+def _options(
+    recipe: str, backbone: str | None, experts: str | None, mtp: str | None, keep_mtp: bool, layout: str,
+    max_shard_size: int, hashing: bool, **_: Any,
+) -> Options:  # fmt: skip
+    from ds4convert.layouts import layout_of
+    from ds4convert.plan import Options, check_limit
+    from ds4convert.recipes import recipe_of
+
+    if mtp and not keep_mtp:
+        raise UsageError("--mtp FORMAT and --drop-mtp contradict each other")
+    chosen = recipe_of(recipe).overridden(backbone, experts, mtp)
+    place = layout_of(layout)
+    source = model_source() if place.model_file else b""
+    return Options(chosen, place, keep_mtp, check_limit(max_shard_size), hashing, source)
+
+
+@cli.command()
+@click.argument("src", required=False)
+@click.option("--config", metavar="FILE|flash|pro|tiny", help="Say what such a model holds, from its config alone.")
+@click.option("--tensors", metavar="GLOB", help="List the tensors whose names match.")
+@common()
+def inspect(session: Session, src: str | None, config: str | None, tensors: str | None) -> None:
+    """Show what a checkpoint is and holds, from its headers alone.
+
+    \b
+    Example: ds4convert inspect DeepSeek-V4-Flash
+             ds4convert inspect --config flash --tensors 'mtp.0.*proj*'
+    """
+    from ds4convert import inspection, report
+
+    if (src is None) == (config is None):
+        raise click.UsageError("name either SRC or --config")
+    found = inspection.inspect_config(config_bytes(config), config) if config else inspection.inspect(local(src or ""))
+    if tensors is None:
+        session.emit(found.as_json(), report.inspection(found))
+    else:
+        rows = found.matching(tensors)
+        session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))
+
+
+def _planned(src: str | None, config: str | None, options: Options) -> tuple[Source | None, Plan]:
+    from ds4convert import convert, sidefiles, summary
+    from ds4convert import plan as plans
+    from ds4convert.config import parse_config
+    from ds4convert.inventory import expected
+
+    if config is None:
+        source = convert.open_source(local(src or ""))
+        return source, convert.make_plan(source, options)
+    inventory = expected(parse_config(config_bytes(config), config))
+    named, files = summary.imagined(inventory)
+    side = plans.SideFiles({}, (), sidefiles.template(inventory.config.family.name))
+    return None, plans.build(inventory, named, files, options, side)
+
+
+@cli.command()
+@click.argument("src", required=False)
+@click.option("--config", metavar="FILE|flash|pro|tiny", help="Plan for such a model, from its config alone.")
+@click.option("--out", type=PATH, default=Path(), help="Folder whose disk is checked. [default: here]")
+@click.option("--full", is_flag=True, help="With --json: every step and byte range of the plan as well.")
+@conversion_options
+@common()
+def plan(
+    session: Session, src: str | None, config: str | None, out: Path, full: bool, jobs: int, **choices: Any
+) -> None:
+    """Show what `quantize` with the same options would write. Writes nothing.
+
+    \b
+    Example: ds4convert plan DeepSeek-V4-Flash --layout universal
+             ds4convert plan --config pro
+    """
+    from ds4convert import report, summary
+
+    if (src is None) == (config is None):
+        raise click.UsageError("name either SRC or --config")
+    _, made = _planned(src, config, _options(**choices))
+    facts = summary.summarise(made, out, jobs)
+    session.emit(facts | ({"steps": summary.full(made)} if full else {}), report.plan(facts))
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("out", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace a conversion that OUT holds; other files in OUT stay.")
+@conversion_options
+@common()
+def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, **choices: Any) -> None:
+    """Convert the checkpoint SRC into the MLX folder OUT. Run it again after an interruption: it goes on.
+
+    \b
+    Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --keep-mtp
+    """
+    import time
+
+    from ds4convert import convert, report, summary
+
+    start = time.monotonic()
+    source, made = _planned(src, None, _options(**choices))
+    assert source is not None
+    facts = summary.summarise(made, out, jobs)
+    with session.progress(facts["output_bytes"], "converting") as progress:
+        outcome = convert.run(source, made, out, jobs, overwrite, progress)
+    seconds = time.monotonic() - start
+    facts |= {"seconds": round(seconds, 3), "bytes_per_second": round(facts["output_bytes"] / seconds)}
+    facts |= {
+        "resumed": outcome.resumed,
+        "already_done": outcome.already_done,
+        "manifest": str(outcome.manifest),
+    }
+    session.emit(facts, report.conversion(facts, str(out)))
