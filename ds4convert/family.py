@@ -142,6 +142,8 @@ def _tensor_tails(row: Row) -> list[tuple[str, str]]:
     """Return (spelling in Transformers, official) tails of the tensors that a row stands for."""
     if row.store in {"dense", "expert"}:
         return [(f"{row.hf}.{part}", f"{row.name}.{part}") for part in ("weight", "scale")]
+    if row.store == "linear":
+        return [(f"{row.hf}.weight", f"{row.name}.weight")]
     return [(row.hf, row.name)]
 
 

@@ -85,6 +85,11 @@ class Module:
         return self.store in {"fp4", "fp8"}
 
     @property
+    def may_quantize(self) -> bool:
+        """Return whether a recipe may choose its format: matrices alone, never norms, router, sinks and the like."""
+        return self.is_module
+
+    @property
     def weights(self) -> int:
         """Return the number of logical weights, all experts counted."""
         n = self.experts or 1
@@ -319,10 +324,10 @@ def _module(
         part=part,
         block=block,
         shape=tuple(evaluate(e, dims) for e in row.shape),
-        store={"bf16": "BF16"}.get(store, store),
+        store={"bf16": "BF16", "linear": "BF16"}.get(store, store),
         experts=dims["E"] if row.store == "expert" else 0,
         tile=config.tile,
-        is_module=row.store in {"dense", "expert"},
+        is_module=row.store in {"dense", "expert", "linear"},
         own=own,
         write=row.write,
         values_below=evaluate(row.values_below, dims) if row.values_below else 0,
