@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds4convert.formats.blocks import MX_GROUP
-from ds4convert.logical import Logical, Reader, View, codes, decode, row_chunks, scales
+from ds4convert.logical import Grid, Logical, Reader, View, codes, decode, grid_of, row_chunks
 from ds4convert.types import JSON
 
 SAME_CODES = {("fp4", "fp4"), ("fp8", "mxfp8"), ("mxfp8", "fp8"), ("fp8", "fp8"), ("mxfp8", "mxfp8")}
@@ -67,11 +67,12 @@ def difference(a: Logical | None, b: Logical | None, ra: Reader, rb: Reader) -> 
         return Difference(a.key, "shape", False, detail=f"{list(a.shape)} and {list(b.shape)}")
     first: tuple[int, int, int] | None = None
     worst = squares = norm = 0.0
-    last, grid_a, grid_b = -1, None, None
+    last = -1
+    grid_a: Grid | None = None
+    grid_b: Grid | None = None
     for matrix, row, rows in row_chunks(a):
         if matrix != last:
-            grid_a = scales(a, ra, matrix) if a.scale_at else None
-            grid_b = scales(b, rb, matrix) if b.scale_at else None
+            grid_a, grid_b = grid_of(a, ra, matrix), grid_of(b, rb, matrix)
             last = matrix
             unlike = _scale_difference(a, b, grid_a, grid_b)
             first = first or (unlike and (matrix, *unlike))
@@ -96,9 +97,7 @@ def difference(a: Logical | None, b: Logical | None, ra: Reader, rb: Reader) -> 
     return Difference(a.key, "value", False, first, worst, relative)
 
 
-def _scale_difference(
-    a: Logical, b: Logical, grid_a: np.ndarray | None, grid_b: np.ndarray | None
-) -> tuple[int, int] | None:
+def _scale_difference(a: Logical, b: Logical, grid_a: Grid | None, grid_b: Grid | None) -> tuple[int, int] | None:
     """Return the first element whose block scale differs where both sides keep the source's scales.
 
     A scale may differ without any value doing so (a group of zeros); it is a difference all the same.
@@ -108,7 +107,7 @@ def _scale_difference(
     rows = np.arange(a.rows)[:, None]
     groups = np.arange(a.cols // MX_GROUP)[None, :] * MX_GROUP
     spread = [
-        grid[rows // t.tile[0], groups // t.tile[1]] if t.store == "fp8" else grid
+        grid.scales[rows // t.tile[0], groups // t.tile[1]] if t.store == "fp8" else grid.scales
         for t, grid in ((a, grid_a), (b, grid_b))
     ]
     at = np.argwhere(spread[0] != spread[1])
@@ -120,8 +119,8 @@ def _equal_bytes(
     b: Logical,
     ca: np.ndarray,
     cb: np.ndarray,
-    grid_a: np.ndarray | None,
-    grid_b: np.ndarray | None,
+    grid_a: Grid | None,
+    grid_b: Grid | None,
     row: int,
 ) -> bool:
     """Return whether equal bytes already prove equal values: same store, codes and scales."""
@@ -130,9 +129,8 @@ def _equal_bytes(
     if grid_a is None or grid_b is None:
         return True
     if a.store == "fp8":
-        return a.tile == b.tile and np.array_equal(grid_a, grid_b)
-    rows = ca.shape[0]
-    return np.array_equal(grid_a[row : row + rows], grid_b[row : row + rows])
+        return a.tile == b.tile and grid_a.equals(grid_b, slice(None))
+    return grid_a.equals(grid_b, slice(row, row + ca.shape[0]))
 
 
 def _unequal(va: np.ndarray, vb: np.ndarray) -> NDArray[np.bool_]:
@@ -146,7 +144,7 @@ def _first_difference(
 ) -> tuple[int, int] | None:
     """Return (row, column) of the first element whose value, or code of the same kind, differs."""
     unequal = _unequal(va, vb)
-    if (a.store, b.store) in SAME_CODES or a.store == b.store:
+    if (a.store, b.store) in SAME_CODES or (a.store == b.store and a.codec is None):
         per_code = unequal.shape[1] // ca.shape[1] if ca.shape[1] <= unequal.shape[1] else 0
         other = ca != cb
         if per_code:

@@ -13,6 +13,7 @@ from ds4convert import execute, journal, manifest
 from ds4convert import plan as plans
 from ds4convert.errors import EnvironmentFault, InputError, OutputError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
+from ds4convert.formats.quantize import Importance, no_importance
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
@@ -160,10 +161,12 @@ def run(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda n: None,
     disk: Disk | None = None,
+    importance: Importance = no_importance,
 ) -> Outcome:
     """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
 
-    `progress` is called with numbers of bytes as they are written or found finished. Raises `InputError` or
+    `progress` is called with numbers of bytes as they are written or found finished; `importance` is that of the
+    calibration that the plan was made with. Raises `InputError` or
     `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there, with `overwrite` too:
     what this very plan left unfinished is never thrown away.
     """
@@ -188,12 +191,15 @@ def run(
         if fresh:
             with disk_errors("clearing", out):
                 _clear(out, disk)
-        return _locked(source, plan, out, jobs, progress, disk)
+        return _locked(source, plan, out, jobs, progress, disk, importance)
     finally:
         lock.release()
 
 
-def _locked(source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk) -> Outcome:
+def _locked(
+    source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk,
+    importance: Importance,
+) -> Outcome:  # fmt: skip
     state = out / STATE_FOLDER
     sources = execute.Sources(source.checkpoint.path, plan)
     try:
@@ -202,7 +208,7 @@ def _locked(source: Source, plan: Plan, out: Path, jobs: int, progress: Callable
             log = journal.Journal(disk, state)
         try:
             resumed = bool(finished.steps or finished.files)
-            run_ = execute.Run(plan, out, sources, disk, log, finished, progress)
+            run_ = execute.Run(plan, out, sources, disk, log, finished, progress, importance)
             result = run_.files(jobs)
         finally:
             log.close()
@@ -219,7 +225,7 @@ def _finish(source: Source, plan: Plan, out: Path, result: execute.Result, disk:
         disk.write_file(out / name, read_small(source.checkpoint.path, name))
     for name, text in plan.texts.items():
         disk.write_file(out / name, text)
-    disk.write_file(out / MANIFEST_NAME, manifest.build(plan, result.digests, result.hashes))
+    disk.write_file(out / MANIFEST_NAME, manifest.build(plan, result.steps, result.hashes))
     disk.remove(out / STATE_FOLDER)
     disk.sync_folder(out)
 

@@ -2,7 +2,9 @@
 
 Memory: a worker holds a few megabytes, whatever the size of a tensor or a model. Each worker writes one file from
 front to back, so that its sha256 comes from the bytes as they pass; hashing, and syncing finished batches to the
-disk, each have a thread of their own.
+disk, each have a thread of their own. Rounding is done on all cores: a step's jobs run side by side, and their pieces
+are written in order. What a lossy step makes beside its codes (scales, biases: an eighth or less) lies further back
+in the file and is read again when the hash of the file comes to it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +24,10 @@ import xxhash
 from ds4convert.errors import EnvironmentFault, HeaderError
 from ds4convert.files import PARTIAL, Disk, disk_errors
 from ds4convert.folder import open_file, resolve_inside
-from ds4convert.formats.transforms import CHUNK_BYTES, TRANSFORMS, Piece
+from ds4convert.formats.quantize import Importance, no_importance, pieces
+from ds4convert.formats.transforms import CHUNK_BYTES, Job, Piece
 from ds4convert.journal import Fingerprint, Finished, Journal
-from ds4convert.types import ByteRange, OutputFile, Plan, Step
+from ds4convert.types import ByteRange, Done, Loss, OutputFile, Plan, Step
 
 BATCH_BYTES = 256 << 20
 """Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
@@ -40,9 +44,9 @@ class Stopped(Exception):
 
 @dataclass
 class Result:
-    """Digest (xxh3-128 hex) per step number and sha256 hex per file number; None where hashing is off."""
+    """What is known of each step by its number, and sha256 hex per file number; None where hashing is off."""
 
-    digests: dict[int, str | None] = field(default_factory=dict)
+    steps: dict[int, Done] = field(default_factory=dict)
     hashes: dict[int, str | None] = field(default_factory=dict)
 
 
@@ -128,6 +132,20 @@ class Buffers:
         self._free.put(buffer)
 
 
+class Tally:
+    """What is learned of a step while its pieces pass: a digest per output (hashing on), and the loss."""
+
+    def __init__(self, step: Step, hashing: bool) -> None:
+        self.digests = [xxhash.xxh3_128() for _ in step.outputs] if hashing else []
+        self.loss: Loss | None = None
+        self._outputs = len(step.outputs)
+
+    def done(self) -> Done:
+        """Return the account of the finished step."""
+        digests = tuple(d.hexdigest() for d in self.digests) or (None,) * self._outputs
+        return Done(digests, self.loss)
+
+
 class FileWriter:
     """Writes one file of the plan: its header, then its steps in order; resumes what an earlier run left."""
 
@@ -137,7 +155,8 @@ class FileWriter:
         self.path = run.out / self.file.name
         self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.sha = hashlib.sha256() if run.plan.hashing else None
-        self.batch: dict[int, str | None] = {}
+        self.hashed = 0  # the file's first bytes, up to here, are in `sha`; of the hashing thread while it runs
+        self.batch: dict[int, Done] = {}
         self.batch_bytes = 0
         self.buffers = Buffers(BUFFERS, run.stop)
         self.hasher = ThreadPoolExecutor(1, "hash")
@@ -175,7 +194,7 @@ class FileWriter:
         try:
             self.run.disk.write_at(self.fd, self.file.header, 0)
             if self.sha:
-                self.sha.update(self.file.header)
+                self._absorb(self.file.header, 0)
             for n in self.run.steps_of[self.number]:
                 if not self._kept(n):
                     self._step(n)
@@ -183,6 +202,7 @@ class FileWriter:
             self._drain()
             self._commit()
             self._drain()
+        self._catch_up(self.file.size)
         self.run.disk.sync_data(self.fd)
 
     def _drain(self) -> None:
@@ -196,39 +216,63 @@ class FileWriter:
         if n not in self.run.finished.steps:
             return False
         self._drain()
-        output = self.run.plan.steps[n].outputs[0]
-        digest = self.run.finished.steps[n]
+        outputs, done = self.run.plan.steps[n].outputs, self.run.finished.steps[n]
         if self.sha is not None:
+            first = outputs[0]
+            self._catch_up(first.offset)
             # The file's hash has to see these bytes anyway; on a mismatch it must not have.
-            trial, tensor = self.sha.copy(), xxhash.xxh3_128()
-            for start in range(0, output.size, CHUNK_BYTES):
-                self.run.check_stop()
-                data = os.pread(self.fd, min(CHUNK_BYTES, output.size - start), output.offset + start)
-                trial.update(data)
-                tensor.update(data)
-            if tensor.hexdigest() != digest:
-                return False
-            self.sha = trial
-        self.run.result.digests[n] = digest
-        self.run.progress(output.size)
+            trial = self.sha.copy()
+            for output, digest in zip(outputs, done.digests, strict=True):
+                tensor = xxhash.xxh3_128()
+                for data in self._read_back(output.offset, output.offset + output.size):
+                    tensor.update(data)
+                    if output is first:
+                        trial.update(data)
+                if tensor.hexdigest() != digest:
+                    return False
+            self.sha, self.hashed = trial, first.offset + first.size
+        self.run.result.steps[n] = done
+        self.run.progress(sum(o.size for o in outputs))
         return True
+
+    def _read_back(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes of the file from `start` to `end`, all of them written before."""
+        for at in range(start, end, CHUNK_BYTES):
+            self.run.check_stop()
+            yield os.pread(self.fd, min(CHUNK_BYTES, end - at), at)
+
+    def _catch_up(self, to: int) -> None:
+        """Hash the bytes before `to` that did not pass in order: scales and biases of steps before this place."""
+        if self.sha is not None and to > self.hashed:
+            for data in self._read_back(self.hashed, to):
+                self.sha.update(data)
+            self.hashed = to
+
+    def _absorb(self, data: bytes | memoryview, at: int) -> None:
+        """Hash bytes that pass in order, written at `at`."""
+        assert self.sha is not None
+        self._catch_up(at)
+        self.sha.update(data)
+        self.hashed = at + len(data)
 
     def _step(self, n: int) -> None:
         step = self.run.plan.steps[n]
-        tensor = xxhash.xxh3_128() if self.sha else None
-        for piece in TRANSFORMS[step.transform](step, self.run.sources.read):
+        tally = Tally(step, self.sha is not None)
+        for piece in self.run.in_order(pieces(step, self.run.sources.read, self.run.importance)):
             self.run.check_stop()
-            self._piece(step, piece, tensor)
-        self.hashing.append(self.hasher.submit(self._finish, n, tensor))
+            self._piece(step, piece, tally)
+        self.hashing.append(self.hasher.submit(self._finish, n, tally))
         while self.hashing and self.hashing[0].done():
             self.hashing.pop(0).result()
 
-    def _piece(self, step: Step, piece: Piece, tensor: xxhash.xxh3_128 | None) -> None:
+    def _piece(self, step: Step, piece: Piece, tally: Tally) -> None:
         """Write one piece; hand its bytes to the hasher if hashing is on."""
+        if piece.loss is not None:
+            tally.loss = piece.loss if tally.loss is None else tally.loss + piece.loss
         at = step.outputs[piece.output].offset + piece.offset
         disk = self.run.disk
         r = piece.source
-        if r is not None and tensor is None and self._kernel_copied(r, at):
+        if r is not None and self.sha is None and self._kernel_copied(r, at):
             self.run.progress(r.size)
             return
         buffer = self.buffers.take()  # for bytes that a transform made, only a token that bounds what is in flight
@@ -240,8 +284,8 @@ class FileWriter:
             data = piece.data
         disk.write_at(self.fd, data, at)
         self.run.progress(len(data))
-        if tensor is not None:
-            self.hashing.append(self.hasher.submit(self._hash, data, tensor, buffer))
+        if self.sha is not None:
+            self.hashing.append(self.hasher.submit(self._hash, data, at, piece.output, tally, buffer))
         else:
             self.buffers.give(buffer)
 
@@ -252,17 +296,15 @@ class FileWriter:
             self.run.sources.ended(r)
             raise
 
-    def _hash(self, data: bytes | memoryview, tensor: xxhash.xxh3_128, buffer: bytearray) -> None:
-        assert self.sha is not None
-        self.sha.update(data)
-        tensor.update(data)
+    def _hash(self, data: bytes | memoryview, at: int, output: int, tally: Tally, buffer: bytearray) -> None:
+        if output == 0:
+            self._absorb(data, at)
+        tally.digests[output].update(data)
         self.buffers.give(buffer)
 
-    def _finish(self, n: int, tensor: xxhash.xxh3_128 | None) -> None:
+    def _finish(self, n: int, tally: Tally) -> None:
         """On the hashing thread: the step's bytes are written and hashed; have them synced with their batch."""
-        digest = tensor.hexdigest() if tensor else None
-        self.run.result.digests[n] = digest
-        self.batch[n] = digest
+        self.run.result.steps[n] = self.batch[n] = tally.done()
         self.batch_bytes += sum(o.size for o in self.run.plan.steps[n].outputs)
         if self.batch_bytes >= BATCH_BYTES:
             self._commit()
@@ -273,7 +315,7 @@ class FileWriter:
         if batch:
             self.syncing.append(self.syncer.submit(self._sync, batch))
 
-    def _sync(self, batch: Mapping[int, str | None]) -> None:
+    def _sync(self, batch: Mapping[int, Done]) -> None:
         """Sync the file, then record the batch. A system tells of a lost write once: after that nothing is safe."""
         if self.sync_failed:
             return
@@ -282,6 +324,11 @@ class FileWriter:
             self.run.disk.sync_data(self.fd)
         self.run.journal.steps(batch)
         self.sync_failed = False
+
+
+def _drained(waiting: deque[Future[Sequence[Piece]]]) -> Iterator[Piece]:
+    while waiting:
+        yield from waiting.popleft().result()
 
 
 @dataclass
@@ -295,6 +342,7 @@ class Run:
     journal: Journal
     finished: Finished
     progress: Progress
+    importance: Importance = no_importance
     stop: threading.Event = field(default_factory=threading.Event)
     result: Result = field(default_factory=Result)
 
@@ -302,6 +350,25 @@ class Run:
         self.steps_of: list[list[int]] = [[] for _ in self.plan.files]
         for n, step in enumerate(self.plan.steps):
             self.steps_of[step.outputs[0].file].append(n)
+        self.cores = os.cpu_count() or 1
+        self._compute = ThreadPoolExecutor(self.cores, "round")  # its threads start with its first job
+
+    def in_order(self, made: Iterable[Piece | Job]) -> Iterator[Piece]:
+        """Yield pieces as they come, those of jobs in their turn: the jobs run side by side, a few ahead."""
+        waiting: deque[Future[Sequence[Piece]]] = deque()
+        try:
+            for item in made:
+                if isinstance(item, Piece):
+                    yield from _drained(waiting)
+                    yield item
+                    continue
+                waiting.append(self._compute.submit(item))
+                if len(waiting) > self.cores:
+                    yield from waiting.popleft().result()
+            yield from _drained(waiting)
+        finally:
+            for future in waiting:
+                future.cancel()
 
     def check_stop(self) -> None:
         """Raise `Stopped` when the run is being stopped."""
@@ -323,7 +390,7 @@ class Run:
         if number in self.finished.files and self._whole(number):
             self.result.hashes[number] = self.finished.files[number]
             for n in self.steps_of[number]:
-                self.result.digests[n] = self.finished.steps.get(n)
+                self.result.steps[n] = self.finished.steps[n]
             self.progress(self.plan.files[number].size - len(self.plan.files[number].header))
             return
         FileWriter(self, number).write()
@@ -337,7 +404,7 @@ class Run:
 
     def files(self, jobs: int) -> Result:
         """Write all files with `jobs` workers. The first failure, or an interrupt, stops the others cleanly."""
-        with ThreadPoolExecutor(jobs, "convert") as pool:
+        with self._compute, ThreadPoolExecutor(jobs, "convert") as pool:
             waiting = {pool.submit(self._file, n) for n in range(len(self.plan.files))}
             try:
                 while waiting:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ds4convert.errors import EnvironmentFault, OutputError
 from ds4convert.files import Disk, disk_errors
-from ds4convert.types import Plan
+from ds4convert.types import Done, Loss, Plan
 
 STATE_FOLDER = ".ds4convert"
 PLAN_NAME, JOURNAL_NAME, LOCK_NAME = "plan.json", "journal.jsonl", "lock"
@@ -29,9 +29,9 @@ Fingerprint = tuple[int, int]
 
 @dataclass
 class Finished:
-    """What earlier runs finished: digest per step number, sha256 per file number (None where hashing is off)."""
+    """What earlier runs finished: by step number, and sha256 per file number (None where hashing is off)."""
 
-    steps: dict[int, str | None] = field(default_factory=dict)
+    steps: dict[int, Done] = field(default_factory=dict)
     files: dict[int, str | None] = field(default_factory=dict)
 
 
@@ -121,10 +121,10 @@ class Journal:
         self._disk, self._path, self._lock = disk, state / JOURNAL_NAME, threading.Lock()
         self._fd = disk.open_log(self._path)
 
-    def steps(self, done: Mapping[int, str | None]) -> None:
+    def steps(self, done: Mapping[int, Done]) -> None:
         """Record steps whose bytes have been synced."""
         if done:
-            self._append({"steps": [[n, digest] for n, digest in done.items()]})
+            self._append({"steps": [_step_line(n, d) for n, d in done.items()]})
 
     def file(self, number: int, sha256: str | None) -> None:
         """Record that a file has its final name."""
@@ -147,11 +147,24 @@ def begin(disk: Disk, state: Path, plan: Plan, prints: Mapping[str, Fingerprint]
     finished = _read(state / JOURNAL_NAME, plan, prints)
     first = {"plan": plan.id, "sources": {name: list(print_) for name, print_ in prints.items()}}
     lines: list[dict[str, Any]] = [first]
-    lines += [{"steps": [[n, d]]} for n, d in finished.steps.items()]
+    lines += [{"steps": [_step_line(n, d)]} for n, d in finished.steps.items()]
     lines += [{"file": n, "sha256": s} for n, s in finished.files.items()]
     disk.write_file(state / JOURNAL_NAME, b"".join(json.dumps(x).encode() + b"\n" for x in lines))
     disk.write_file(state / PLAN_NAME, json.dumps(summary(plan), indent=1).encode())
     return finished
+
+
+def _step_line(n: int, done: Done) -> list[Any]:
+    loss = done.loss
+    return [n, list(done.digests), None if loss is None else [loss.squared, loss.norm, loss.max_abs]]
+
+
+def _step_of(line: list[Any], plan: Plan) -> tuple[int, Done]:
+    """Return (step number, what is known of it). Raises `ValueError` or the like for a line that is not ours."""
+    n, digests, loss = line
+    if len(digests) != len(plan.steps[n].outputs):
+        raise ValueError(f"step {n} has {len(plan.steps[n].outputs)} outputs")
+    return n, Done(tuple(digests), None if loss is None else Loss(*map(float, loss)))
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -177,9 +190,10 @@ def _read(path: Path, plan: Plan, prints: Mapping[str, Fingerprint]) -> Finished
     stale = {n for n, s in enumerate(plan.steps) if changed and any(r.file in changed for o in s.operands for r in o)}
     stale_files = {o.file for n in stale for o in plan.steps[n].outputs}
     out = Finished()
-    with contextlib.suppress(TypeError, ValueError, KeyError):  # a line that is not ours ends the journal
+    with contextlib.suppress(TypeError, ValueError, LookupError):  # a line that is not ours ends the journal
         for line in lines:
-            out.steps |= {n: d for n, d in line.get("steps", []) if n not in stale}
+            found = (_step_of(entry, plan) for entry in line.get("steps", []))
+            out.steps |= {n: done for n, done in found if n not in stale}
             if "file" in line and line["file"] not in stale_files:
                 out.files[line["file"]] = line["sha256"]
     return out

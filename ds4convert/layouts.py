@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from ds4convert.errors import InputError, UsageError
-from ds4convert.inventory import Module
+from ds4convert.inventory import BACKBONE, Module
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Layout:
 def backbone_name(module: Module) -> str:
     """Return the MLX path of a backbone module: the same in every layout."""
     return module.mlx if module.block is None else f"model.layers.{module.block}.{module.mlx}"
+
+
+def key_of(module: Module) -> str:
+    """Return the key of a module in all layouts: its MLX path, the head's as if it lay in the folder."""
+    return backbone_name(module) if module.part == BACKBONE else f"mtp.{module.block}.{module.mlx}"
 
 
 def _place(table: Mapping[str, Any]) -> HeadPlace:

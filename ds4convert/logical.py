@@ -19,6 +19,8 @@ from ds4convert.config import ModelConfig, parse_config
 from ds4convert.errors import HeaderError, InputError
 from ds4convert.folder import CONFIG_NAME, Checkpoint, need_config, open_file, read_checkpoint, resolve_inside
 from ds4convert.formats import blocks, scalars
+from ds4convert.formats import encode as encoding
+from ds4convert.formats.codecs import CODECS, WORD_BITS, Codec
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inventory import (
     BACKBONE,
@@ -30,7 +32,7 @@ from ds4convert.inventory import (
     expand,
     fused_name,
 )
-from ds4convert.layouts import HeadPlace, backbone_name, layouts
+from ds4convert.layouts import HeadPlace, backbone_name, key_of, layouts
 from ds4convert.types import JSON, ByteRange, Finding, TensorInfo
 
 ROWS_BYTES = 8 << 20
@@ -41,7 +43,8 @@ U8 = scalars.U8
 class Logical:
     """One logical tensor: `matrices` slices (experts) of `[rows, cols]`, each found at one byte range.
 
-    `store` is how values lie in those bytes: fp4 (also mxfp4), fp8 (tiles), mxfp8, or a plain dtype in lower case.
+    `store` is how values lie in those bytes: fp4 (also mxfp4), fp8 (tiles), mxfp8, another codec's name, or a plain
+    dtype in lower case. `bias_at` is empty but for affine codecs.
     """
 
     key: str
@@ -58,6 +61,12 @@ class Logical:
     role: str
     layer: int | None
     size: int
+    bias_at: tuple[ByteRange, ...] = ()
+
+    @property
+    def codec(self) -> Codec | None:
+        """Return the codec of a tensor in groups, None for plain tensors and the source's own tiles."""
+        return CODECS.get("mxfp4" if self.store == "fp4" else self.store)
 
     @property
     def matrices(self) -> int:
@@ -115,29 +124,46 @@ def codes(view: Logical, reader: Reader, matrix: int, first: int, rows: int) -> 
     return np.frombuffer(raw, np.uint8).reshape(rows, width)
 
 
-def scales(view: Logical, reader: Reader, matrix: int) -> U8:
-    """Return all block scales of one slice, uint8 `[scale rows, scale columns]`."""
-    r = view.scale_at[matrix]
-    raw = np.frombuffer(reader.get(r, 0, r.size), np.uint8)
-    width = -(-view.cols // view.tile[1]) if view.store == "fp8" else view.cols // blocks.MX_GROUP
-    return raw.reshape(-1, width)
+@dataclass(frozen=True)
+class Grid:
+    """Scales of one slice, and biases where its codec has them: uint8, or uint16 (BF16 bits), one row per row."""
+
+    scales: U8 | scalars.U16
+    biases: scalars.U16 | None = None
+
+    def equals(self, other: Grid, rows: slice) -> bool:
+        """Return whether some rows of both are the same bytes."""
+        pairs = ((self.scales, other.scales), (self.biases, other.biases))
+        return all(a is b or (a is not None and b is not None and np.array_equal(a[rows], b[rows])) for a, b in pairs)
 
 
-def decode(view: Logical, packed: U8, grid: U8 | None, first: int) -> np.ndarray:
-    """Return the values of some rows (beginning at `first`) from codes and all scales of their slice.
+def grid_of(view: Logical, reader: Reader, matrix: int) -> Grid | None:
+    """Return all scales (and biases) of one slice, `[scale rows, scale columns]`; None for a plain tensor."""
+    if not view.scale_at:
+        return None
+    codec = view.codec
+    width = -(-view.cols // view.tile[1]) if codec is None else view.cols // codec.group_size
+    dtype = "<u2" if codec is not None and codec.scale_dtype == "BF16" else np.uint8
+    read = [np.frombuffer(reader.get(at[matrix], 0, at[matrix].size), dtype).reshape(-1, width)
+            for at in (view.scale_at, view.bias_at) if at]  # fmt: skip
+    return Grid(*read)
+
+
+def decode(view: Logical, packed: U8, grid: Grid | None, first: int) -> np.ndarray:
+    """Return the values of some rows (beginning at `first`) from codes and all scales of their slice (`grid_of`).
 
     float32, but integers as they are, and F64 as float64.
     """
-    rows = packed.shape[0]
-    if view.store == "fp4":
-        assert grid is not None
-        return blocks.decode_fp4(packed, grid[first : first + rows])
-    if view.store == "mxfp8":
-        assert grid is not None
-        return blocks.decode_mxfp8(packed, grid[first : first + rows])
-    if view.store == "fp8":
-        assert grid is not None
-        return blocks.decode_fp8(packed, grid, first, view.tile)
+    if grid is not None:
+        rows, codec = slice(first, first + packed.shape[0]), view.codec
+        if codec is None:
+            return blocks.decode_fp8(packed, grid.scales, first, view.tile)
+        if codec.name == "mxfp4":
+            return blocks.decode_fp4(packed, grid.scales[rows])
+        if codec.name == "mxfp8":
+            return blocks.decode_mxfp8(packed, grid.scales[rows])
+        biases = None if grid.biases is None else grid.biases[rows]
+        return encoding.decode(codec, packed.view("<u4"), grid.scales[rows], biases)
     if view.store == "bf16":
         return scalars.bf16_values(packed.view("<u2"))
     dtype = {"f32": "<f4", "f16": "<f2", "i64": "<i8", "i32": "<i4", "u32": "<u4", "f64": "<f8"}.get(view.store)
@@ -150,11 +176,6 @@ def row_chunks(view: Logical) -> Iterator[tuple[int, int, int]]:
     for matrix in range(view.matrices):
         for first in range(0, view.rows, step):
             yield matrix, first, min(step, view.rows - first)
-
-
-def key_of(module: Module) -> str:
-    """Return the key of a module: its MLX path, the head's as if it lay in the folder."""
-    return backbone_name(module) if module.part == BACKBONE else f"mtp.{module.block}.{module.mlx}"
 
 
 def _geometry(module: Module) -> tuple[tuple[int, ...], int, int]:
@@ -362,9 +383,6 @@ def second_head(folder: MlxFolder) -> View | None:
     return View("mlx", kept, again.view.paths) if again.place == place else None
 
 
-_BITS = {"mxfp4": 4, "mxfp8": 8}
-
-
 def _mlx_logical(
     module: Module,
     prefix: str,
@@ -378,21 +396,29 @@ def _mlx_logical(
     shape, rows, cols = _geometry(module)
     name = f"{prefix}.weight" if module.is_module else prefix
     info = pool.get(name)
-    mode = str(listed.get("mode", "affine")) if listed else ""
+    codec = codec_of(listed) if listed else None
     if info is None:
         findings.append(Finding("missing", name, f"{list(shape)}", "nothing"))
         return None
     scale = pool.get(f"{prefix}.scales") if module.is_module else None
-    if scale is not None and not mode:
+    if scale is not None and listed is None:
         findings.append(Finding("missing", f"{prefix} in the quantization table", "an entry", "nothing"))
-        mode = "mxfp4" if info.shape and info.shape[-1] * 8 == cols else "mxfp8"
-    wanted = [(info, *_wanted_weight(module, shape, mode if scale else ""))]
-    if scale is not None:
-        wanted.append((scale, (*shape[:-1], cols // blocks.MX_GROUP), ("U8",)))
-    elif mode:
+        codec = CODECS["mxfp4" if info.shape and info.shape[-1] * 8 == cols else "mxfp8"]
+    if scale is not None and codec is None:
+        raise InputError(f"{prefix}: {strictjson.show(str(listed), 200)} is not a format that this version reads")
+    if scale is None and listed is not None:
         findings.append(Finding("missing", f"{prefix}.scales", "scales, as the quantization table says", "nothing"))
-    if scale is not None and mode not in _BITS:
-        raise InputError(f"{prefix}: format {mode} is not one that this version reads")
+    codec = codec if scale is not None else None
+    bias = pool.get(f"{prefix}.biases") if codec is not None and codec.has_biases else None
+    wanted = [(info, *_wanted_weight(module, shape, codec))]
+    if scale is not None and codec is not None:
+        groups = (*shape[:-1], cols // codec.group_size)
+        wanted.append((scale, groups, (codec.scale_dtype,)))
+        if bias is not None:
+            wanted.append((bias, groups, (codec.scale_dtype,)))
+        elif codec.has_biases:
+            findings.append(Finding("missing", f"{prefix}.biases", f"{codec.scale_dtype} {list(groups)}", "nothing"))
+            return None
     for t, want, dtypes in wanted:
         file = names[t.file + shift]
         if t.dtype not in dtypes:
@@ -403,12 +429,18 @@ def _mlx_logical(
             return None
     count = module.experts or 1
     cut = _slicer(count, shift)
-    store = {"mxfp4": "fp4", "mxfp8": "mxfp8"}[mode] if scale is not None else info.dtype.lower()
+    store = info.dtype.lower() if codec is None else {"mxfp4": "fp4"}.get(codec.name, codec.name)
     return Logical(
         key_of(module), info.name, names[info.file + shift], shape, rows, cols, store, cut(info),
         cut(scale) if scale else (), module.tile, module.part, module.role, module.block,
-        info.size + (scale.size if scale else 0),
+        sum(t.size for t in (info, scale, bias) if t), cut(bias) if bias else (),
     )  # fmt: skip
+
+
+def codec_of(entry: JSON) -> Codec | None:
+    """Return the codec that an entry of a quantization table means, or None for one that is not ours to read."""
+    mode, bits, group = entry.get("mode", "affine"), entry.get("bits"), entry.get("group_size")
+    return next((c for c in CODECS.values() if (c.mode, c.bits, c.group_size) == (mode, bits, group)), None)
 
 
 def _slicer(count: int, shift: int) -> Callable[[TensorInfo], tuple[ByteRange, ...]]:
@@ -419,9 +451,11 @@ def _slicer(count: int, shift: int) -> Callable[[TensorInfo], tuple[ByteRange, .
     return cut
 
 
-def _wanted_weight(module: Module, shape: tuple[int, ...], mode: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    if mode:
-        return (*shape[:-1], shape[-1] * _BITS.get(mode, 8) // 32), ("U32",)
+def _wanted_weight(
+    module: Module, shape: tuple[int, ...], codec: Codec | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    if codec is not None:
+        return (*shape[:-1], shape[-1] * codec.bits // WORD_BITS), ("U32",)
     if module.write:
         return shape, (module.write,)
     return shape, tuple(module.store.split(" or "))

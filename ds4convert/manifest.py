@@ -15,7 +15,7 @@ from ds4convert import strictjson
 from ds4convert.errors import InputError
 from ds4convert.folder import read_small
 from ds4convert.headers import LENGTH_BYTES
-from ds4convert.types import JSON, OutputFile, Plan, Step
+from ds4convert.types import JSON, Done, Loss, OutputFile, Plan, Step
 
 MANIFEST_NAME = "ds4convert_manifest.json"
 VERSION = 1
@@ -33,8 +33,8 @@ def tool_version() -> str:
         return "0+source"
 
 
-def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, str | None]) -> bytes:
-    """Return the manifest's bytes for an executed plan: `digests` by step number, `hashes` by file number."""
+def build(plan: Plan, steps: Mapping[int, Done], hashes: Mapping[int, str | None]) -> bytes:
+    """Return the manifest's bytes for an executed plan: `steps` by number, `hashes` by file number."""
     small = {name: hashlib.sha256(text).hexdigest() for name, text in plan.texts.items()} | dict(plan.copies)
     sizes = {name: len(text) for name, text in plan.texts.items()}
     files: list[JSON] = [
@@ -54,7 +54,7 @@ def build(plan: Plan, digests: Mapping[int, str | None], hashes: Mapping[int, st
         "source": {
             "files": [{"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256} for s in plan.sources]
         },
-        "tensors": [r for n, s in enumerate(plan.steps) for r in _records(plan, s, digests[n])],
+        "tensors": [r for n, s in enumerate(plan.steps) for r in _records(plan, s, steps[n])],
         "files": sorted(files, key=lambda f: str(f["name"])),
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],
         "files_left_out": [{"file": x.tensor, "why": x.why} for x in plan.files_left_out],
@@ -67,8 +67,8 @@ def _header_digest(file: OutputFile) -> str:
     return hashlib.sha256(file.header[LENGTH_BYTES:]).hexdigest()
 
 
-def _records(plan: Plan, step: Step, digest: str | None) -> list[JSON]:
-    return [
+def _records(plan: Plan, step: Step, done: Done) -> list[JSON]:
+    out = [
         {
             "name": o.name,
             "file": plan.files[o.file].name,
@@ -84,8 +84,20 @@ def _records(plan: Plan, step: Step, digest: str | None) -> list[JSON]:
             "source_dtype": step.source_dtype,
             "xxh3_128": digest,
         }
-        for o in step.outputs
+        for o, digest in zip(step.outputs, done.digests, strict=True)
     ]
+    if done.loss is not None:
+        out[0]["error"] = _error(step, done.loss)
+    return out
+
+
+def _error(step: Step, loss: Loss) -> JSON:
+    """Return what rounding cost, to six digits: more would differ between processors that sum in other orders."""
+    return {
+        "relative_square": float(f"{loss.relative_square:.6g}"),
+        "max_abs": float(f"{loss.max_abs:.6g}"),
+        "bits_per_weight": round(8 * sum(o.size for o in step.outputs) / step.weights, 6),
+    }
 
 
 def read(folder: Path) -> JSON | None:

@@ -8,13 +8,15 @@ the source (tokenizer and the like), whose bytes are handed in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from ds4convert import headers, strictjson
 from ds4convert.errors import ConfigError, InventoryError, UsageError
-from ds4convert.formats import ENCODERS, Encoding, Part
+from ds4convert.formats import ENCODERS, Encoding, Part, Spec
 from ds4convert.inventory import (
     BACKBONE,
     HEAD,
@@ -25,7 +27,7 @@ from ds4convert.inventory import (
     fused_name,
     ignored_reason,
 )
-from ds4convert.layouts import HeadPlace, Layout, backbone_name
+from ds4convert.layouts import HeadPlace, Layout, backbone_name, key_of
 from ds4convert.recipes import Recipe
 from ds4convert.shards import Draft, file_names, place, split
 from ds4convert.types import (
@@ -46,10 +48,21 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 SHOWN_FINDINGS = 10
 
 
+class Weighing(Protocol):
+    """What a plan has to know of a calibration: which it is, and which modules (by MLX path) it has columns of."""
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256 of its file."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user chose: recipe (flags applied), layout, head kept or dropped, shard size, hashing.
 
+    `rounding` is optimal or nearest; `calibration` the importance of input columns, by which errors are weighed.
     `model_source` is the text of the model file, for a layout that has one: conversion does not know the model, so
     the edge hands it in (`inference.single_file`).
     """
@@ -60,6 +73,8 @@ class Options:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     hashing: bool = True
     model_source: bytes = b""
+    rounding: str = "optimal"
+    calibration: Weighing | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +91,12 @@ class SideFiles:
 
 @dataclass(frozen=True)
 class _Item:
-    """A part of a module, named: what becomes one output tensor of one step."""
+    """A part of a module, named: what becomes one step with one or more output tensors."""
 
     module: Module
     part: Part
-    format: str
-    draft: Draft
+    label: str
+    drafts: tuple[Draft, ...]
 
 
 def findings_error(findings: Sequence[Finding], hint: str) -> InventoryError:
@@ -114,10 +129,11 @@ def build(
     steps: list[Step] = []
     limit = options.max_shard_bytes
     backbone = [x for x in encoded if x[0].part == BACKBONE]
-    _lay_out(files, steps, named, _items(backbone, None), limit, "", "model", True)
+    lay_out = partial(_lay_out, files, steps, partial(_step, named, options))
+    lay_out(_items(backbone, None), limit, "", "model", True)
     for at in places:
         head = [x for x in encoded if x[0].part == HEAD]
-        _lay_out(files, steps, named, _items(head, at), limit, at.folder, at.file, False)
+        lay_out(_items(head, at), limit, at.folder, at.file, False)
     texts, table = _texts(inventory, options, places, encoded, files, steps, has_head)
     unsigned = Plan(
         id="",
@@ -169,23 +185,23 @@ def _encode(inventory: Inventory, options: Options) -> list[tuple[Module, str, E
 def _items(encoded: Sequence[tuple[Module, str, Encoding]], at: HeadPlace | None) -> list[list[_Item]]:
     """Return the output tensors of each module, named for the backbone or for one place of the head."""
     out = []
-    for module, format_name, encoding in encoded:
+    for module, _, encoding in encoded:
         path = backbone_name(module) if at is None else at.name(module)
-        group = []
-        for part in encoding.parts:
-            name = f"{path}.{part.suffix}" if part.suffix else path
-            size = headers.DTYPE_BYTES[part.dtype]
-            for n in part.shape:
-                size *= n
-            group.append(_Item(module, part, format_name, Draft(name, part.dtype, part.shape, size)))
-        out.append(group)
+        out.append(
+            [_Item(module, p, encoding.label, tuple(_draft(path, s) for s in p.outputs)) for p in encoding.parts]
+        )
     return out
+
+
+def _draft(path: str, spec: Spec) -> Draft:
+    name = f"{path}.{spec.suffix}" if spec.suffix else path
+    return Draft(name, spec.dtype, spec.shape, math.prod(spec.shape) * headers.DTYPE_BYTES[spec.dtype])
 
 
 def _lay_out(
     files: list[OutputFile],
     steps: list[Step],
-    named: Named,
+    make: Callable[[_Item, tuple[Output, ...]], Step],
     groups: list[list[_Item]],
     limit: int,
     folder: str,
@@ -193,46 +209,47 @@ def _lay_out(
     always_number: bool,
 ) -> None:
     """Append the files that hold `groups`, and their steps in the order of the bytes of each file."""
-    shards = split([sum(i.draft.size for i in g) for g in groups], limit)
+    shards = split([sum(d.size for i in g for d in i.drafts) for g in groups], limit)
     names = file_names(stem, len(shards), always_number)
     for name, shard in zip(names, shards, strict=True):
         items = [item for at in shard for item in groups[at]]
-        placed = place([i.draft for i in items])
+        drafts = [d for i in items for d in i.drafts]
+        placed = place(drafts)
         number = len(files)
         files.append(OutputFile(f"{folder}/{name}" if folder else name, placed.size, placed.header))
-        steps += [_step(items[i], number, offset, named) for i, offset in placed.offsets]
+        at = dict(placed.offsets)
+        outputs = iter([Output(d.name, d.dtype, d.shape, number, at[n], d.size) for n, d in enumerate(drafts)])
+        made = [make(item, tuple(next(outputs) for _ in item.drafts)) for item in items]
+        steps += sorted(made, key=lambda s: s.outputs[0].offset)
 
 
-def _step(item: _Item, file: int, offset: int, named: Named) -> Step:
-    module, part, draft = item.module, item.part, item.draft
-    output = Output(draft.name, draft.dtype, draft.shape, file, offset, draft.size)
+def _step(named: Named, options: Options, item: _Item, outputs: tuple[Output, ...]) -> Step:
+    module, part = item.module, item.part
     picked = [_operand(module, kind, named) for kind in part.operands]
     params = dict(part.params)
+    if "codec" in params:
+        params["rounding"] = options.rounding
+        if options.calibration is not None and key_of(module) in options.calibration:
+            params |= {"importance": key_of(module), "calibration": options.calibration.digest}
     if module.fused is not None:
         first = module.fused.parts.index(module.name.rpartition(".")[2])
         params["fused_first_row"] = first * module.shape[0]
         params["fused_first_scale_row"] = first * (module.scale_shape()[0] if module.has_scale else 0)
     main = named.tensors[picked[0][1][0]]
     return Step(
-        outputs=(output,),
+        outputs=outputs,
         transform=part.transform,
         operands=tuple(ranges for ranges, _, _ in picked),
         params=params,
         sources=tuple(tuple(named.tensors[n].name for n in names) for _, names, _ in picked),
         source_shapes=tuple(shape for _, _, shape in picked),
         source_dtype=main.dtype,
-        format=_format_label(item),
+        format=item.label,
         part=module.part,
         role=module.role,
         layer=module.block,
-        weights=0 if part.suffix == "scales" else module.weights,
+        weights=0 if part.outputs[0].suffix == "scales" else module.weights,
     )
-
-
-def _format_label(item: _Item) -> str:
-    """Return what the manifest calls the format of an output: the mode of a quantized module, else its dtype."""
-    mode = {"fp4": "mxfp4", "fp8": "mxfp8"}.get(item.module.store) if item.format == "native" else None
-    return mode or item.draft.dtype.lower()
 
 
 def _operand(module: Module, kind: str, named: Named) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ds4convert.errors import InputError, UsageError
+from ds4convert.formats.codecs import CODECS
 from ds4convert.inventory import HEAD, Module
 
 PARTS = ("backbone", "experts", "mtp")
-FORMATS = ("native", "bf16")
+FORMATS = ("native", "bf16", *CODECS)
 """The formats of this version. The names of the other formats of the contract are reserved."""
 
 
@@ -33,7 +34,7 @@ class Recipe:
 
     def format_of(self, module: Module) -> str:
         """Return the format that `module` is written in; plain tensors (norms, router, ...) are always native."""
-        if not module.has_scale:
+        if not module.may_quantize:
             return "native"
         if module.part == HEAD:
             return self.mtp

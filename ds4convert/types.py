@@ -94,14 +94,15 @@ class Step:
 
     `operands` are the inputs of `transform` by position (a weight, its block scales, ...); each is a tuple of
     byte ranges to be read one after the other. `sources` are the tensors that each operand comes from, all of one
-    shape, `source_shapes` (of one expert's slice where a fused tensor holds them all). `params` are the whole
-    numbers that the transform needs. `weights` is the number of logical weights, counted once per module.
+    shape, `source_shapes` (of one expert's slice where a fused tensor holds them all). `params` are the numbers and
+    names that the transform needs. `weights` is the number of logical weights, counted once per module. The first
+    output lies before the others in its file.
     """
 
     outputs: tuple[Output, ...]
     transform: str
     operands: tuple[tuple[ByteRange, ...], ...]
-    params: Mapping[str, int]
+    params: Mapping[str, int | str]
     sources: tuple[tuple[str, ...], ...]
     source_shapes: tuple[tuple[int, ...], ...]
     source_dtype: str
@@ -110,6 +111,32 @@ class Step:
     role: str
     layer: int | None
     weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What rounding cost a step so far: sums over its weights, of squared errors and of squared values; worst error."""
+
+    squared: float
+    norm: float
+    max_abs: float
+
+    def __add__(self, other: Loss) -> Loss:
+        worst = max(self.max_abs, other.max_abs)
+        return Loss(self.squared + other.squared, self.norm + other.norm, worst)
+
+    @property
+    def relative_square(self) -> float:
+        """Return the squared error over the squared values, 0 where nothing was lost."""
+        return self.squared / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished step: xxh3-128 (hex) of each output, None where hashing is off; its loss where it is lossy."""
+
+    digests: tuple[str | None, ...]
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ and the head that the config promises is there. Level `source`: every tensor com
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -214,7 +215,7 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     """Return the checks of every tensor of the folder against the source checkpoint at `source`.
 
     Where the format keeps the source's codes, codes and values both have to be equal; a dequantized tensor has to be
-    the correctly rounded value.
+    the correctly rounded value; a quantized one has to be as far from the source as the manifest records.
     """
     opened = convert.open_source(source)
     try:
@@ -234,8 +235,17 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
             ours = logical.View(
                 ours.kind, {k: t for k, t in ours.tensors.items() if t.part == inventories.HEAD}, ours.paths
             )
-        checks.append(Check(f"values{name}", *_values(ours, view, jobs, progress)))
+        checks.append(Check(f"values{name}", *_values(ours, view, _losses(record), jobs, progress)))
     return checks
+
+
+Losses = Mapping[tuple[str, str], JSON]
+"""What the manifest records of rounding, by (file, tensor)."""
+
+
+def _losses(record: JSON | None) -> Losses:
+    found = [(r, r.get("error")) for r in (record or {}).get("tensors", [])]
+    return {(r["file"], r["name"]): error for r, error in found if isinstance(error, dict)}
 
 
 def _views(folder: logical.MlxFolder) -> list[tuple[str, logical.View]]:
@@ -270,11 +280,22 @@ def _left_out(record: JSON, source: convert.Source) -> tuple[bool, str]:
     return _some(problems, f"every source tensor accounted for, {len(record['left_out'])} left out with a reason")
 
 
-def _values(wanted: logical.View, found: logical.View, jobs: int, progress: Progress) -> tuple[bool, str]:
-    problems, count = [], 0
+def _values(
+    wanted: logical.View, found: logical.View, losses: Losses, jobs: int, progress: Progress
+) -> tuple[bool, str]:
+    problems, equal, rounded, worst = [], 0, 0, 0.0
     for key, a, b, d in compare.compare_views(wanted, found, jobs, progress):
-        count += 1
+        loss = losses.get((b.file, b.name)) if b is not None else None
+        if loss is not None and d.status in {"same", "value"}:
+            rounded, worst = rounded + 1, max(worst, d.relative_square)
+            if not _as_recorded(d, loss):
+                problems.append(
+                    f"{key} ({b.file if b else ''}): error {d.relative_square:.3g} (squared, relative), at most "
+                    f"{d.max_abs:.3g}; recorded {loss.get('relative_square')} and {loss.get('max_abs')}"
+                )
+            continue
         if d.status == "same" or _correctly_rounded(a, b, d):
+            equal += 1
             continue
         if d.status == "missing":
             problems.append(f"{key}: {'not in the folder' if b is None else 'not in the source'}")
@@ -283,7 +304,20 @@ def _values(wanted: logical.View, found: logical.View, jobs: int, progress: Prog
         else:
             place = list(d.first or ())
             problems.append(f"{key} ({b.file if b else ''}): differs first at {place}, by up to {d.max_abs:.3g}")
-    return _some(problems, f"{count} weights equal to the source, value for value")
+    text = f"{equal} weights equal to the source, value for value"
+    if rounded:
+        text += f"; {rounded} rounded with the error that is recorded, {worst:.3g} (squared, relative) at most"
+    return _some(problems, text)
+
+
+RECORDED_WITHIN = 1e-3
+"""Relative difference between a recorded error and one found, for processors that sum in other orders."""
+
+
+def _as_recorded(d: compare.Difference, loss: JSON) -> bool:
+    """Return whether a tensor is as far from its source as the manifest says."""
+    pairs = ((d.relative_square, loss.get("relative_square")), (d.max_abs, loss.get("max_abs")))
+    return all(isinstance(b, int | float) and math.isclose(a, b, rel_tol=RECORDED_WITHIN) for a, b in pairs)
 
 
 def _correctly_rounded(a: logical.Logical | None, b: logical.Logical | None, d: compare.Difference) -> bool:

@@ -6,33 +6,51 @@ themselves are in `transforms`. A new format is a function here or in a file of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ds4convert.errors import InputError
+from ds4convert.formats.codecs import CODECS, WORD_BITS, Codec
+from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inventory import FP4_GROUP, Module
 
 MX_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor that a module becomes: name suffix, dtype, shape, and the transform with its operands."""
+class Spec:
+    """One tensor that a module becomes: name suffix, dtype, shape."""
 
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors that a module becomes together: what they are, and the transform that makes them, with its operands."""
+
+    outputs: tuple[Spec, ...]
     transform: str
     operands: tuple[str, ...]
-    params: Mapping[str, int]
+    params: Mapping[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """All parts of a module, and its entry in the quantization table (None where it is stored dense)."""
+    """All parts of a module, its entry in the quantization table (None where stored dense), and what it is called."""
 
     parts: tuple[Part, ...]
     table: Mapping[str, int | str] | None
+    label: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        specs = [spec for part in self.parts for spec in part.outputs]
+        return sum(math.prod(s.shape) * DTYPE_BYTES[s.dtype] for s in specs)
 
 
 MXFP4: Mapping[str, int | str] = {"group_size": MX_GROUP, "bits": 4, "mode": "mxfp4"}
@@ -43,7 +61,14 @@ def _stacked(module: Module, *shape: int) -> tuple[int, ...]:
     return (module.experts, *shape) if module.experts else shape
 
 
-def _geometry(module: Module) -> dict[str, int]:
+def _part(
+    suffix: str, dtype: str, shape: tuple[int, ...], transform: str, operands: tuple[str, ...],
+    params: Mapping[str, int | str],
+) -> Part:  # fmt: skip
+    return Part((Spec(suffix, dtype, shape),), transform, operands, params)
+
+
+def _geometry(module: Module) -> dict[str, int | str]:
     rows, cols = module.shape
     tile_rows, tile_cols = module.tile
     return {"rows": rows, "cols": cols, "tile_rows": tile_rows, "tile_cols": tile_cols}
@@ -61,10 +86,11 @@ def _native(module: Module) -> Encoding:
         )
     scales = _stacked(module, rows, cols // MX_GROUP)
     if module.store == "fp4":
-        weight = Part("weight", "U32", _stacked(module, rows, cols // 8), "copy", ("weight",), {})
-        return Encoding((weight, Part("scales", "U8", scales, "copy_e8m0", ("scale",), {})), MXFP4)
-    weight = Part("weight", "U32", _stacked(module, rows, cols // 4), "copy_e4m3", ("weight",), {})
-    return Encoding((weight, Part("scales", "U8", scales, "tile_e8m0", ("scale",), _geometry(module))), MXFP8)
+        weight = _part("weight", "U32", _stacked(module, rows, cols // 8), "copy", ("weight",), {})
+        return Encoding((weight, _part("scales", "U8", scales, "copy_e8m0", ("scale",), {})), MXFP4, "mxfp4")
+    weight = _part("weight", "U32", _stacked(module, rows, cols // 4), "copy_e4m3", ("weight",), {})
+    spread = _part("scales", "U8", scales, "tile_e8m0", ("scale",), _geometry(module))
+    return Encoding((weight, spread), MXFP8, "mxfp8")
 
 
 def _bf16(module: Module) -> Encoding:
@@ -76,8 +102,8 @@ def _bf16(module: Module) -> Encoding:
         raise InputError(f"{module.weight_name()}: [{rows}, {cols}] in FP4 has no whole groups of {FP4_GROUP} columns")
     transform = {"fp4": "fp4_to_bf16", "fp8": "fp8_to_bf16"}[module.store]
     shape = _stacked(module, *module.shape)
-    part = Part("weight", "BF16", shape, transform, ("weight", "scale"), _geometry(module))
-    return Encoding((part,), None)
+    part = _part("weight", "BF16", shape, transform, ("weight", "scale"), _geometry(module))
+    return Encoding((part,), None, "bf16")
 
 
 def _plain(module: Module) -> Encoding:
@@ -86,10 +112,48 @@ def _plain(module: Module) -> Encoding:
     suffix = "weight" if module.is_module else ""
     if module.write:
         limit = {"limit": module.values_below}
-        return Encoding((Part(suffix, module.write, shape, "narrow_i64", ("weight",), limit),), None)
-    return Encoding((Part(suffix, module.store, shape, "copy", ("weight",), {}),), None)
+        part = _part(suffix, module.write, shape, "narrow_i64", ("weight",), limit)
+        return Encoding((part,), None, module.write.lower())
+    part = _part(suffix, module.store, shape, "copy", ("weight",), {})
+    return Encoding((part,), None, module.store.lower())
 
 
-ENCODERS: Mapping[str, Callable[[Module], Encoding]] = {"native": _native, "bf16": _bf16}
+SAME_CODES = {("fp4", "mxfp4"), ("fp8", "mxfp8")}
+"""Pairs of (source store, codec) where the source's own codes are the result: nothing is rounded."""
 
-__all__ = ["ENCODERS", "FP4_GROUP", "MXFP4", "MXFP8", "MX_GROUP", "Encoding", "Part"]
+
+def _quantized(codec: Codec, module: Module) -> Encoding:
+    """In groups of the codec, rounded from the source's exact values; a matrix that has these codes keeps them."""
+    if not module.may_quantize:
+        raise InputError(f"{module.weight_name()}: a {module.role} tensor is never quantized; expected native")
+    rows, cols = module.shape
+    fits = module.store != "fp8" or module.tile[1] % MX_GROUP == 0
+    if (module.store, codec.name) in SAME_CODES and cols % MX_GROUP == 0 and fits:
+        return _native(module)
+    if cols % codec.group_size or (module.store == "fp4" and cols % FP4_GROUP):
+        whole = ", ".join(c.name for c in CODECS.values() if cols % c.group_size == 0 and c.bits == codec.bits)
+        raise InputError(
+            f"{module.weight_name()}: {cols} columns are no whole groups of {codec.group_size} ({codec.name}); "
+            f"formats of {codec.bits} bits that fit: {whole or 'none'}; or keep it native"
+        )
+    words = cols * codec.bits // WORD_BITS
+    outputs = [
+        Spec("weight", "U32", _stacked(module, rows, words)),
+        Spec("scales", codec.scale_dtype, _stacked(module, rows, cols // codec.group_size)),
+    ]
+    if codec.has_biases:
+        outputs.append(Spec("biases", codec.scale_dtype, outputs[1].shape))
+    operands = ("weight", "scale") if module.has_scale else ("weight",)
+    params = _geometry(module) | {"codec": codec.name}
+    transform = f"quantize_{module.store.lower()}"
+    return Encoding((Part(tuple(outputs), transform, operands, params),), codec.table(), codec.name)
+
+
+ENCODERS: Mapping[str, Callable[[Module], Encoding]] = {
+    "native": _native,
+    "bf16": _bf16,
+    **{codec.name: partial(_quantized, codec) for codec in CODECS.values()},
+}
+"""What a module becomes in each format, by the name that users write. Raises `InputError` where it cannot."""
+
+__all__ = ["ENCODERS", "FP4_GROUP", "MXFP4", "MXFP8", "MX_GROUP", "Encoding", "Part", "Spec"]

@@ -7,7 +7,7 @@ executor may move as it is (by the kernel, if it can). Faulty values raise `Valu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ds4convert.errors import ValueFault
 from ds4convert.formats import blocks, scalars
 from ds4convert.headers import DTYPE_BYTES
-from ds4convert.types import ByteRange, Step
+from ds4convert.types import ByteRange, Loss, Step
 
 CHUNK_BYTES = 1 << 20
 """Size of one piece: large enough for sequential disk speed, small enough to stay in a core's cache on its way."""
@@ -28,12 +28,20 @@ Buffer = bytes | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of output number `output` of a step at `offset`: either `data`, or to be moved from `source`."""
+    """Bytes of output number `output` of a step at `offset`: either `data`, or to be moved from `source`.
+
+    The pieces of each output come in order. `loss` is what rounding these weights cost, on one of their pieces.
+    """
 
     output: int
     offset: int
     data: Buffer | None = None
     source: ByteRange | None = None
+    loss: Loss | None = None
+
+
+Job = Callable[[], Sequence[Piece]]
+"""Work that takes long and may run on any core; its pieces take its place among those of the transform."""
 
 
 class Operand:
@@ -76,7 +84,7 @@ class Operand:
         names, shape = self._step.sources[self._number], self._step.source_shapes[self._number]
         expert, rest = divmod(element, math.prod(shape))
         index = [int(i) for i in np.unravel_index(rest, shape)]
-        first = self._step.params.get("fused_first_row" if self._number == 0 else "fused_first_scale_row")
+        first = numbers(self._step).get("fused_first_row" if self._number == 0 else "fused_first_scale_row")
         if first is not None:  # one tensor [E, rows of all parts, in] holds the slices of all experts
             index = [expert, first + index[0], *index[1:]]
         name, place = names[0 if first is not None else expert], ", ".join(map(str, index))
@@ -120,7 +128,7 @@ def tile_e8m0(step: Step, read: Read) -> Iterator[Piece]:
 
     Params: rows, cols, tile_rows, tile_cols. Output uint8 `[experts, rows, cols/32]`.
     """
-    p = step.params
+    p = numbers(step)
     tile = (p["tile_rows"], p["tile_cols"])
     grid_rows, grid_cols = -(-p["rows"] // tile[0]), -(-p["cols"] // tile[1])
     each_in, each_out = grid_rows * grid_cols, p["rows"] * (p["cols"] // blocks.MX_GROUP)
@@ -130,26 +138,26 @@ def tile_e8m0(step: Step, read: Read) -> Iterator[Piece]:
         check_codes(operand, data, expert * each_in, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
         grid = np.frombuffer(data, np.uint8).reshape(grid_rows, grid_cols)
         scales = np.ascontiguousarray(blocks.mx_scales(grid, p["rows"], p["cols"], tile))
-        yield Piece(0, expert * each_out, data=_bytes(scales))
+        yield Piece(0, expert * each_out, data=as_bytes(scales))
 
 
 def narrow_i64(step: Step, read: Read) -> Iterator[Piece]:
     """I64 as I32; a value below 0 or not below `limit` (param) stops the run."""
-    operand, limit = Operand(step, 0, read), step.params["limit"]
+    operand, limit = Operand(step, 0, read), numbers(step)["limit"]
     for at, r in operand.chunks():
         values = np.frombuffer(operand.read(r), "<i8")
         bad = np.flatnonzero((values < 0) | (values >= limit))
         if bad.size:
             operand.fault(at // 8 + int(bad[0]), f"{int(values[bad[0]])}, expected 0 to {limit - 1}")
-        yield Piece(0, at // 2, data=_bytes(values.astype("<i4")))
+        yield Piece(0, at // 2, data=as_bytes(values.astype("<i4")))
 
 
 def fp4_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
     """Packed FP4 and its scales, dequantized to BF16 in row chunks. Params: rows, cols."""
-    p = step.params
+    p = numbers(step)
     weight, scale = Operand(step, 0, read), Operand(step, 1, read)
     row_bytes, row_scales = p["cols"] // 2, p["cols"] // blocks.MX_GROUP
-    for first, rows in _row_chunks(weight.size // row_bytes, p["cols"] * 4):
+    for first, rows in row_chunks(weight.size // row_bytes, p["cols"] * 4):
         codes = np.frombuffer(weight.get(first * row_bytes, rows * row_bytes), np.uint8).reshape(rows, -1)
         raw = scale.get(first * row_scales, rows * row_scales)
         check_codes(scale, raw, first * row_scales, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
@@ -159,7 +167,7 @@ def fp4_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
 
 def fp8_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
     """FP8 and its tile scales, dequantized to BF16 in row chunks. Params: rows, cols, tile_rows, tile_cols."""
-    p = step.params
+    p = numbers(step)
     tile = (p["tile_rows"], p["tile_cols"])
     grid_rows, grid_cols = -(-p["rows"] // tile[0]), -(-p["cols"] // tile[1])
     weight, scale = Operand(step, 0, read), Operand(step, 1, read)
@@ -169,7 +177,7 @@ def fp8_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
         check_codes(scale, raw, expert * each, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
         grid = np.frombuffer(raw, np.uint8).reshape(grid_rows, grid_cols)
         start = expert * p["rows"]
-        for first, rows in _row_chunks(p["rows"], p["cols"] * 4):
+        for first, rows in row_chunks(p["rows"], p["cols"] * 4):
             at = (start + first) * p["cols"]
             data = weight.get(at, rows * p["cols"])
             check_codes(weight, data, at, scalars.E4M3_NAN_CODES, "NaN in FP8 E4M3")
@@ -177,21 +185,26 @@ def fp8_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
             yield _bf16_piece(blocks.decode_fp8(codes, grid, first, tile), at)
 
 
-def _bytes(values: NDArray[Any]) -> memoryview:
+def numbers(step: Step) -> dict[str, int]:
+    """Return the parameters of a step that are numbers."""
+    return {k: v for k, v in step.params.items() if isinstance(v, int)}
+
+
+def as_bytes(values: NDArray[Any]) -> memoryview:
     """Return the bytes of a contiguous array, not copied."""
     return values.reshape(-1).view(np.uint8).data
 
 
-def _row_chunks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield (first row, number of rows) in chunks whose float32 values take about one piece."""
-    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
+def row_chunks(rows: int, row_size: int, size: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield (first row, number of rows) in chunks of about `size`, where a row takes `row_size`."""
+    step = max(1, size // max(row_size, 1))
     for first in range(0, rows, step):
         yield first, min(step, rows - first)
 
 
 def _bf16_piece(values: scalars.F32, element: int) -> Piece:
     bits = scalars.bf16_bits(values)
-    return Piece(0, element * DTYPE_BYTES["BF16"], data=_bytes(bits))
+    return Piece(0, element * DTYPE_BYTES["BF16"], data=as_bytes(bits))
 
 
 TRANSFORMS: Mapping[str, Callable[[Step, Read], Iterator[Piece]]] = {
