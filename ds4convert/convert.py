@@ -13,8 +13,8 @@ from ds4convert import execute, journal, manifest
 from ds4convert import plan as plans
 from ds4convert.errors import EnvironmentFault, InputError, OutputError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
-from ds4convert.formats.quantize import Importance, no_importance
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
+from ds4convert.formats.quantize import Importance, no_importance
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
 from ds4convert.layouts import layouts

@@ -128,7 +128,7 @@ def codes(view: Logical, reader: Reader, matrix: int, first: int, rows: int) -> 
 class Grid:
     """Scales of one slice, and biases where its codec has them: uint8, or uint16 (BF16 bits), one row per row."""
 
-    scales: U8 | scalars.U16
+    scales: np.ndarray
     biases: scalars.U16 | None = None
 
     def equals(self, other: Grid, rows: slice) -> bool:
@@ -163,7 +163,8 @@ def decode(view: Logical, packed: U8, grid: Grid | None, first: int) -> np.ndarr
         if codec.name == "mxfp8":
             return blocks.decode_mxfp8(packed, grid.scales[rows])
         biases = None if grid.biases is None else grid.biases[rows]
-        return encoding.decode(codec, packed.view("<u4"), grid.scales[rows], biases)
+        values: np.ndarray = encoding.decode(codec, packed.view("<u4"), grid.scales[rows], biases)
+        return values
     if view.store == "bf16":
         return scalars.bf16_values(packed.view("<u2"))
     dtype = {"f32": "<f4", "f16": "<f2", "i64": "<i8", "i32": "<i4", "u32": "<u4", "f64": "<f8"}.get(view.store)

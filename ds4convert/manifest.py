@@ -68,7 +68,7 @@ def _header_digest(file: OutputFile) -> str:
 
 
 def _records(plan: Plan, step: Step, done: Done) -> list[JSON]:
-    out = [
+    out: list[JSON] = [
         {
             "name": o.name,
             "file": plan.files[o.file].name,

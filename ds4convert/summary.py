@@ -9,7 +9,7 @@ from pathlib import Path
 from ds4convert import plan as plans
 from ds4convert.execute import BUFFERS
 from ds4convert.files import free_bytes
-from ds4convert.formats.transforms import CHUNK_BYTES
+from ds4convert.formats.transforms import CHUNK_BYTES, numbers
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inspection import group_of
 from ds4convert.inventory import Inventory, Named
@@ -32,7 +32,8 @@ USABLE = 0.75
 def peak_memory(plan: Plan, jobs: int) -> int:
     """Return the bytes of memory that carrying out the plan with `jobs` workers takes at most."""
     tensors = sum(len(names) for s in plan.steps for names in s.sources)
-    made = max((s.params.get("rows", 0) * s.params.get("cols", 0) // 32 for s in plan.steps), default=0)
+    sizes = (numbers(s) for s in plan.steps)
+    made = max((p.get("rows", 0) * p.get("cols", 0) // 32 for p in sizes), default=0)
     worker = (BUFFERS + 6) * CHUNK_BYTES + min(2 * made, 64 << 20)
     return BASE_BYTES + STEP_BYTES * len(plan.steps) + SOURCE_BYTES * tensors + min(jobs, len(plan.files)) * worker
 

@@ -1,14 +1,19 @@
 """TEMPORARY: for development until the kernels land."""
 
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
+
 import numpy as np
+
 from ds4convert.formats import blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """Codes, scales, biases and what rounding cost."""
+
     weight: Any
     scales: Any
     biases: Any
@@ -18,6 +23,7 @@ class Encoded:
 
 
 def encode(values: Any, codec: Any, rounding: str, importance: Any = None) -> Encoded:
+    """Return values in a codec."""
     import mlx.core as mx
 
     w = mx.array(values).astype(mx.bfloat16)
@@ -35,10 +41,12 @@ def encode(values: Any, codec: Any, rounding: str, importance: Any = None) -> En
 
 
 def encode_fp4(codes: Any, scales: Any, codec: Any, rounding: str, importance: Any = None) -> Encoded:
+    """Return FP4 in a codec."""
     return encode(blocks.decode_fp4(codes, scales), codec, rounding, importance)
 
 
 def decode(codec: Any, weight: Any, scales: Any, biases: Any) -> Any:
+    """Return the values."""
     import mlx.core as mx
 
     s = mx.array(scales).view(mx.bfloat16).astype(mx.float32) if codec.mode == "affine" else mx.array(scales)
