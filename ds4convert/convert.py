@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,38 @@ class Outcome:
     manifest: Path
     resumed: bool
     already_done: bool
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run does when the files of its plan are written, and how its finished result is told.
+
+    `id` is the plan in the manifest, `sizes` and `small` the files of the result by name (those of tensors with their
+    sizes), `apart` the folders that the output folder may not overlap, `more_bytes` what `write` needs beside the
+    plan. `write` puts small files and the manifest, last, into the folder.
+    """
+
+    id: str
+    sizes: Mapping[str, int]
+    small: tuple[str, ...]
+    apart: tuple[Path, ...]
+    write: Callable[[Path, execute.Result, Disk], None]
+    more_bytes: int = 0
+
+
+def _plain_ending(source: Source, plan: Plan) -> Ending:
+    """Return the ending of a conversion: the small files of the plan, then the manifest."""
+    folder = source.checkpoint.path
+
+    def write(out: Path, result: execute.Result, disk: Disk) -> None:
+        for name in plan.copies:
+            disk.write_file(out / name, read_small(folder, name))
+        for name, text in plan.texts.items():
+            disk.write_file(out / name, text)
+        disk.write_file(out / MANIFEST_NAME, manifest.build(plan, result.steps, result.hashes))
+
+    sizes = {f.name: f.size for f in plan.files}
+    return Ending(plan.id, sizes, (*plan.texts, *plan.copies), (folder,), write)
 
 
 def open_source(path: Path) -> Source:
@@ -88,15 +120,15 @@ def _ours(name: str) -> bool:
     return plain in fixed or (plain.startswith("model") and plain.endswith(".safetensors"))
 
 
-def _is_done(out: Path, plan: Plan) -> bool:
-    """Return whether the folder holds the finished result of this very plan, by manifest and file sizes."""
+def is_done(out: Path, ending: Ending) -> bool:
+    """Return whether the folder holds the finished result, by manifest and file sizes."""
     with contextlib.suppress(InputError):
         found = manifest.read(out)
         return (
             found is not None
-            and found["plan"] == plan.id
-            and all((out / f.name).is_file() and (out / f.name).stat().st_size == f.size for f in plan.files)
-            and all((out / n).is_file() for n in [*plan.texts, *plan.copies])
+            and found["plan"] == ending.id
+            and all((out / n).is_file() and (out / n).stat().st_size == size for n, size in ending.sizes.items())
+            and all((out / n).is_file() for n in ending.small)
         )
     return False
 
@@ -127,12 +159,12 @@ def _check_output(out: Path, plan: Plan, overwrite: bool) -> None:
         raise OutputError(f"{out}: is not empty (it holds {shown}); choose another folder, or add --overwrite")
 
 
-def _check_room(out: Path, plan: Plan, fresh: bool) -> None:
+def _check_room(out: Path, plan: Plan, fresh: bool, more_bytes: int) -> None:
     """Raise `EnvironmentFault` when the disk cannot hold what is still to be written.
 
     `fresh`: what an earlier conversion left in the folder will be removed, so its room counts as free.
     """
-    need = plans.output_bytes(plan) + MARGIN_BYTES
+    need = plans.output_bytes(plan) + more_bytes + MARGIN_BYTES
     for f in plan.files:
         for path in (out / f.name, out / (f.name + PARTIAL)):
             if path.is_file() and not fresh:
@@ -162,6 +194,7 @@ def run(
     progress: Callable[[int], None] = lambda n: None,
     disk: Disk | None = None,
     importance: Importance = no_importance,
+    ending: Ending | None = None,
 ) -> Outcome:
     """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
 
@@ -171,16 +204,18 @@ def run(
     what this very plan left unfinished is never thrown away.
     """
     disk = disk or Disk()
-    check_places(source.checkpoint.path, out)
-    if not overwrite and out.is_dir() and _is_done(out, plan):
+    ending = ending or _plain_ending(source, plan)
+    for folder in ending.apart:
+        check_places(folder, out)
+    if not overwrite and out.is_dir() and is_done(out, ending):
         with disk_errors("cleaning", out):
             disk.remove(out / STATE_FOLDER)
-        progress(sum(f.size for f in plan.files))
+        progress(sum(ending.sizes.values()))
         return Outcome(plan, out / MANIFEST_NAME, True, True)
     _check_output(out, plan, overwrite)
     state = out / STATE_FOLDER
     fresh = overwrite and not journal.is_of(state, plan)
-    _check_room(out, plan, fresh)
+    _check_room(out, plan, fresh, ending.more_bytes)
     with disk_errors("writing", out):
         disk.make_folder(out)
         if fresh and (state.is_symlink() or state.is_file()):
@@ -191,14 +226,14 @@ def run(
         if fresh:
             with disk_errors("clearing", out):
                 _clear(out, disk)
-        return _locked(source, plan, out, jobs, progress, disk, importance)
+        return _locked(source, plan, out, jobs, progress, disk, importance, ending)
     finally:
         lock.release()
 
 
 def _locked(
     source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk,
-    importance: Importance,
+    importance: Importance, ending: Ending,
 ) -> Outcome:  # fmt: skip
     state = out / STATE_FOLDER
     sources = execute.Sources(source.checkpoint.path, plan)
@@ -213,21 +248,12 @@ def _locked(
         finally:
             log.close()
         with disk_errors("writing", out):
-            _finish(source, plan, out, result, disk)
+            ending.write(out, result, disk)
+            disk.remove(out / STATE_FOLDER)
+            disk.sync_folder(out)
     finally:
         sources.close()
     return Outcome(plan, out / MANIFEST_NAME, resumed, False)
 
 
-def _finish(source: Source, plan: Plan, out: Path, result: execute.Result, disk: Disk) -> None:
-    """Write the small files, then the manifest; last, remove the state."""
-    for name in plan.copies:
-        disk.write_file(out / name, read_small(source.checkpoint.path, name))
-    for name, text in plan.texts.items():
-        disk.write_file(out / name, text)
-    disk.write_file(out / MANIFEST_NAME, manifest.build(plan, result.steps, result.hashes))
-    disk.remove(out / STATE_FOLDER)
-    disk.sync_folder(out)
-
-
-__all__ = ["Finished", "Outcome", "Source", "check_places", "make_plan", "open_source", "run"]
+__all__ = ["Ending", "Finished", "Outcome", "Source", "check_places", "make_plan", "open_source", "run"]

@@ -82,6 +82,8 @@ def _records(plan: Plan, step: Step, done: Done) -> list[JSON]:
             "layer": step.layer,
             "sources": [name for names in step.sources for name in names],
             "source_dtype": step.source_dtype,
+            "transform": step.transform,
+            "params": dict(step.params),
             "xxh3_128": digest,
         }
         for o, digest in zip(step.outputs, done.digests, strict=True)

@@ -90,7 +90,7 @@ class SideFiles:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A part of a module, named: what becomes one step with one or more output tensors."""
 
     module: Module
@@ -122,19 +122,19 @@ def build(
         raise findings_error(findings, _hint(findings))
     has_head = inventory.head_kind != "none" and options.keep_mtp
     places = options.layout.places(inventory.head_kind, inventory.stages) if has_head else ()
-    encoded = _encode(inventory, options)
+    encoded = encode(inventory, options)
     if not options.keep_mtp:
         encoded = [(m, f, e) for m, f, e in encoded if m.part == BACKBONE]
     files: list[OutputFile] = []
     steps: list[Step] = []
     limit = options.max_shard_bytes
     backbone = [x for x in encoded if x[0].part == BACKBONE]
-    lay_out = partial(_lay_out, files, steps, partial(_step, named, options))
-    lay_out(_items(backbone, None), limit, "", "model", True)
+    draw = partial(lay_out, files, steps, partial(step_of, named, options))
+    draw(items(backbone, None), limit, "", "model", True)
     for at in places:
         head = [x for x in encoded if x[0].part == HEAD]
-        lay_out(_items(head, at), limit, at.folder, at.file, False)
-    texts, table = _texts(inventory, options, places, encoded, files, steps, has_head)
+        draw(items(head, at), limit, at.folder, at.file, False)
+    made, table = texts(inventory, options.layout, places, encoded, files, steps, has_head)
     unsigned = Plan(
         id="",
         family=inventory.config.family.name,
@@ -146,23 +146,28 @@ def build(
         sources=sources,
         files=tuple(files),
         steps=tuple(steps),
-        texts=texts | dict(side.added) | _model_file(options),
+        texts=made | dict(side.added) | model_file(options.layout, options.model_source),
         copies=side.copies,
         left_out=_left_out(inventory, named, steps, options.keep_mtp),
         files_left_out=side.left_out,
         quantization=table,
     )
-    return replace(unsigned, id=strictjson.digest(as_json(unsigned)))
+    return signed(unsigned)
 
 
-def _model_file(options: Options) -> dict[str, bytes]:
+def signed(plan: Plan) -> Plan:
+    """Return the plan with its id."""
+    return replace(plan, id=strictjson.digest(as_json(plan) | {"steps": list(_identities(plan.steps))}))
+
+
+def model_file(layout: Layout, source: bytes) -> dict[str, bytes]:
     """Return the model file that the layout's config names, by name; {} for a layout without one."""
-    name = options.layout.model_file
+    name = layout.model_file
     if not name:
         return {}
-    if not options.model_source:
-        raise ValueError(f"layout {options.layout.name}: expected Options.model_source, the text of its {name}")
-    return {name: options.model_source}
+    if not source:
+        raise ValueError(f"layout {layout.name}: expected Options.model_source, the text of its {name}")
+    return {name: source}
 
 
 def _hint(findings: Sequence[Finding]) -> str:
@@ -174,7 +179,8 @@ def _hint(findings: Sequence[Finding]) -> str:
     return "config.json and the tensors contradict each other; pull the repo again, at one revision"
 
 
-def _encode(inventory: Inventory, options: Options) -> list[tuple[Module, str, Encoding]]:
+def encode(inventory: Inventory, options: Options) -> list[tuple[Module, str, Encoding]]:
+    """Return (module, format, what it becomes) for every module, as the recipe says."""
     out = []
     for module in inventory.modules:
         name = options.recipe.format_of(module)
@@ -182,14 +188,12 @@ def _encode(inventory: Inventory, options: Options) -> list[tuple[Module, str, E
     return out
 
 
-def _items(encoded: Sequence[tuple[Module, str, Encoding]], at: HeadPlace | None) -> list[list[_Item]]:
+def items(encoded: Sequence[tuple[Module, str, Encoding]], at: HeadPlace | None) -> list[list[Item]]:
     """Return the output tensors of each module, named for the backbone or for one place of the head."""
     out = []
     for module, _, encoding in encoded:
         path = backbone_name(module) if at is None else at.name(module)
-        out.append(
-            [_Item(module, p, encoding.label, tuple(_draft(path, s) for s in p.outputs)) for p in encoding.parts]
-        )
+        out.append([Item(module, p, encoding.label, tuple(_draft(path, s) for s in p.outputs)) for p in encoding.parts])
     return out
 
 
@@ -198,11 +202,11 @@ def _draft(path: str, spec: Spec) -> Draft:
     return Draft(name, spec.dtype, spec.shape, math.prod(spec.shape) * headers.DTYPE_BYTES[spec.dtype])
 
 
-def _lay_out(
+def lay_out(
     files: list[OutputFile],
     steps: list[Step],
-    make: Callable[[_Item, tuple[Output, ...]], Step],
-    groups: list[list[_Item]],
+    make: Callable[[Item, tuple[Output, ...]], Step],
+    groups: list[list[Item]],
     limit: int,
     folder: str,
     stem: str,
@@ -223,7 +227,8 @@ def _lay_out(
         steps += sorted(made, key=lambda s: s.outputs[0].offset)
 
 
-def _step(named: Named, options: Options, item: _Item, outputs: tuple[Output, ...]) -> Step:
+def step_of(named: Named, options: Options, item: Item, outputs: tuple[Output, ...]) -> Step:
+    """Return the step that makes `outputs` of an item from the source's tensors."""
     module, part = item.module, item.part
     picked = [_operand(module, kind, named) for kind in part.operands]
     params = dict(part.params)
@@ -302,38 +307,40 @@ def _left_out(inventory: Inventory, named: Named, steps: Sequence[Step], keep_mt
     return tuple(sorted(out, key=lambda x: x.tensor))
 
 
-def _texts(
+def texts(
     inventory: Inventory,
-    options: Options,
+    layout: Layout,
     places: Sequence[HeadPlace],
     encoded: Sequence[tuple[Module, str, Encoding]],
     files: Sequence[OutputFile],
     steps: Sequence[Step],
     has_head: bool,
 ) -> tuple[dict[str, bytes], JSON]:
-    """Return the config and index files of the folder and of drafter folders, and the quantization table."""
-    source = dict(inventory.config.raw)
+    """Return the config and index files of the folder and of drafter folders, and the quantization table.
+
+    The config is that of `inventory`, so its stages have to be those that the head's source states.
+    """
     inside = [p for p in places if not p.folder]
     paths = [(backbone_name(m), e) for m, _, e in encoded if m.part == BACKBONE]
     paths += [(n, e) for p in inside for m, _, e in encoded if m.part == HEAD for n in p.table_names(m)]
     table = _table(paths)
     stages_key = inventory.config.family.config_keys["stages"]
-    config = _quantized({k: v for k, v in source.items() if k not in _SOURCE_ONLY_KEYS}, table)
-    if not (has_head and options.layout.promises_head):
-        config[stages_key] = 0
-    if options.layout.model_file:
-        config["model_file"] = options.layout.model_file
-    texts = {"config.json": strictjson.pretty(config), INDEX_NAME: _index(files, steps, "")}
+    source = {k: v for k, v in inventory.config.raw.items() if k not in SOURCE_ONLY_KEYS}
+    promised = source.get(stages_key, inventory.stages) if has_head and layout.promises_head else 0
+    config = _quantized(source | {stages_key: promised}, table)
+    if layout.model_file:
+        config["model_file"] = layout.model_file
+    out = {"config.json": strictjson.pretty(config), INDEX_NAME: _index(files, steps, "")}
     for p in places:
         if p.folder:
             inner = [(n, e) for m, _, e in encoded if m.part == HEAD for n in p.table_names(m)]
             filled = {k: _fill(v, inventory, config, stages_key) for k, v in p.config.items()}
-            texts[f"{p.folder}/config.json"] = strictjson.pretty(_quantized(filled, _table(inner)))
-            texts[f"{p.folder}/{INDEX_NAME}"] = _index(files, steps, p.folder + "/")
-    return texts, table
+            out[f"{p.folder}/config.json"] = strictjson.pretty(_quantized(filled, _table(inner)))
+            out[f"{p.folder}/{INDEX_NAME}"] = _index(files, steps, p.folder + "/")
+    return out, table
 
 
-_SOURCE_ONLY_KEYS = {"quantization_config", "expert_dtype", "quantization", "model_file", "auto_map"}
+SOURCE_ONLY_KEYS = {"quantization_config", "expert_dtype", "quantization", "model_file", "auto_map"}
 """Keys that describe the source's storage, or name code; the result has its own."""
 
 
@@ -371,7 +378,7 @@ def _fill(value: Any, inventory: Inventory, config: JSON, stages_key: str) -> An
         name, plus = name.removesuffix("_plus_one"), 1
     raw = inventory.config.raw
     if name == "source_config":
-        text = {k: v for k, v in raw.items() if k not in _SOURCE_ONLY_KEYS}
+        text = {k: v for k, v in raw.items() if k not in SOURCE_ONLY_KEYS}
         return text | {stages_key: raw.get(stages_key, inventory.stages)}
     if name == "stages":
         return inventory.stages + plus
@@ -404,6 +411,17 @@ def _steps_json(steps: Sequence[Step]) -> Iterator[list[Any]]:
         outputs = [[o.name, o.dtype, list(o.shape), o.file, o.offset, o.size] for o in s.outputs]
         ranges = [[(r.file, r.offset, r.size) for r in operand] for operand in s.operands]
         yield [outputs, s.transform, dict(s.params), ranges, s.sources, s.format, s.part, s.role, s.layer]
+
+
+def _identities(steps: Sequence[Step]) -> Iterator[list[Any]]:
+    """Yield what tells steps apart beside their byte ranges, which the source's headers imply: all that a manifest has.
+
+    So the id of a conversion can be told from its result, and a result that was reached on another way has it too.
+    """
+    for s in steps:
+        outputs = [[o.name, o.dtype, list(o.shape), o.file, o.offset, o.size] for o in s.outputs]
+        names = [n for operand in s.sources for n in operand]
+        yield [outputs, s.transform, dict(s.params), names, s.source_dtype, s.format, s.part, s.role, s.layer]
 
 
 def output_bytes(plan: Plan) -> int:
