@@ -24,6 +24,8 @@ WRITE_BYTES = 256 << 10
 """Largest single write. Measured on ext4: whole aligned megabytes cost the kernel three to nine times as much,
 presumably in finding pages that large; smaller writes never do (benchmarks/RESULTS.md)."""
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
+COPY_BYTES = 4 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -148,6 +150,32 @@ class Disk:
         finally:
             os.close(fd)
         self.rename(partial, path)
+
+    def link_or_copy(self, source: Path, target: Path) -> None:
+        """Give the file `source` a second name; where the disk cannot do that, copy it whole or not at all."""
+        if target.exists() and target.samefile(source):
+            return  # a rename of one name of a file over another of its names does nothing
+        partial = target.with_name(target.name + PARTIAL)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError as e:
+            if e.errno not in _NO_LINK:
+                raise
+            self._copy_file(source, partial)
+        self.rename(partial, target)
+
+    def _copy_file(self, source: Path, target: Path) -> None:
+        with source.open("rb", buffering=0) as f:
+            fd = self.open_partial(target, os.fstat(f.fileno()).st_size)
+            try:
+                at = 0
+                while data := f.read(COPY_BYTES):
+                    self.write_at(fd, data, at)
+                    at += len(data)
+                self.sync_data(fd)
+            finally:
+                os.close(fd)
 
     def open_log(self, path: Path) -> int:
         """Return a descriptor that appends to `path`."""

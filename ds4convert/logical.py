@@ -319,11 +319,16 @@ def _match(
 _DENSE = {BACKBONE: Storage("bf16", "bf16"), HEAD: Storage("bf16", "bf16")}
 
 
-def _drafter_table(drafter: Checkpoint | None) -> JSON:
+def drafter_config(drafter: Checkpoint | None) -> JSON:
+    """Return the config of a drafter folder, {} where it has none."""
     if drafter is None or drafter.config is None:
         return {}
     table = strictjson.loads(drafter.config, f"mtp/{CONFIG_NAME}")
-    found = table.get("quantization") if isinstance(table, dict) else None
+    return table if isinstance(table, dict) else {}
+
+
+def _drafter_table(drafter: Checkpoint | None) -> JSON:
+    found = drafter_config(drafter).get("quantization")
     return found if isinstance(found, dict) else {}
 
 

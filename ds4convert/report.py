@@ -123,6 +123,18 @@ def conversion(facts: JSON, out: str) -> str:
     return "\n".join([*lines, f"manifest: {facts['manifest']}"])
 
 
+def rearranged(facts: JSON, out: str) -> str:
+    """Return the closing text of `relayout` and `graft`."""
+    if facts["already_done"]:
+        return f"{out} is already complete; nothing was done."
+    kept, written = len(facts["files_kept"]), len(facts["files_written"])
+    lines = [
+        f"{size(facts['bytes_written'])} written in {written} files" + (", resumed" if facts["resumed"] else ""),
+        f"layout {facts['layout']}; {kept} files taken over unchanged",
+    ]
+    return "\n".join([*lines, f"manifest: {facts['manifest']}"])
+
+
 def generation(facts: JSON) -> str:
     """Return the closing line of `generate`: speed, and how the head fared."""
     count = len(facts["tokens"])

@@ -18,7 +18,7 @@ CORE = {
 }  # fmt: skip
 SHELL = {
     "files", "folder", "sidefiles", "journal", "execute", "convert", "manifest", "logical", "compare", "verify",
-    "synth",
+    "synth", "stored", "assembly", "relayout",
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
@@ -45,7 +45,7 @@ ALLOWED = {
     "tqdm": {"cli/session.py"},
     "mlx": {"generation.py", "formats/encode.py"},
     "mlx_lm": {"generation.py"},
-    "xxhash": {"execute.py", "mtp_check.py"},
+    "xxhash": {"execute.py", "mtp_check.py", "assembly.py"},
 }
 
 

@@ -1,0 +1,425 @@
+"""A converted folder made from another one: what is kept, what is moved, what comes from a source, as plans.
+
+Owns the account of such a result: the very plan that a conversion with the same options has, so that files and
+manifest come out alike. A second plan, `work`, holds only the files that have to be written, and where their bytes
+are. Planning reads headers and small files; nothing is written before `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from ds4convert import convert, execute, manifest, shards, stored, strictjson, verify
+from ds4convert import plan as plans
+from ds4convert.errors import InputError
+from ds4convert.files import Disk
+from ds4convert.folder import open_file, resolve_inside
+from ds4convert.formats import Encoding
+from ds4convert.headers import LENGTH_BYTES
+from ds4convert.inventory import BACKBONE, HEAD, Inventory, Module
+from ds4convert.layouts import HeadPlace, Layout, key_of, layout_of
+from ds4convert.stored import Stored, StoredModule, StoredPart
+from ds4convert.types import ByteRange, Done, LeftOut, Output, OutputFile, Plan, SourceFile, Step
+
+Progress = Callable[[int], None]
+READ_BYTES = 4 << 20
+Encoded = tuple[Module, str, Encoding]
+DROPPED = "the head was dropped at the user's wish (--drop-mtp)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step of `work` makes: all outputs of a step of the account, or a copy of one (by its place)."""
+
+    step: int
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """`account` is what the manifest will tell; `work` what is written anew, `tasks` its steps in the account.
+
+    `kept` are the files of the account (by number) that the folder `base` has already; `recorded` is what its manifest
+    knows of the steps of the account whose bytes it has. `source` is the folder of the files that `work` reads.
+    """
+
+    base: Stored
+    source: Path
+    account: Plan
+    work: Plan
+    tasks: tuple[Task, ...]
+    kept: tuple[int, ...]
+    recorded: Mapping[int, Done]
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """Return the names of the small files."""
+        return (*self.account.texts, *self.account.copies)
+
+
+@dataclass
+class Drawing:
+    """Files and steps of an account while they are laid out; `parts` are the stored parts by (file, offset)."""
+
+    files: list[OutputFile] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    parts: dict[tuple[int, int], StoredPart] = field(default_factory=dict)
+
+    def part_of(self, step: Step) -> StoredPart | None:
+        """Return the stored part that a step's bytes are taken from, None where they are made from a source."""
+        return self.parts.get((step.outputs[0].file, step.outputs[0].offset))
+
+    def add(self, part: StoredPart, module: Module, label: str, outputs: tuple[Output, ...]) -> Step:
+        """Return the step that makes a stored part, as the account tells it."""
+        self.parts[outputs[0].file, outputs[0].offset] = part
+        return Step(
+            outputs=outputs,
+            transform=part.part.transform,
+            operands=(),
+            params=part.part.params,
+            sources=(part.sources,),
+            source_shapes=(),
+            source_dtype=part.source_dtype,
+            format=label,
+            part=module.part,
+            role=module.role,
+            layer=module.block,
+            weights=0 if part.part.outputs[0].suffix == "scales" else module.weights,
+        )
+
+    def keep(self, base: Stored, modules: Sequence[StoredModule]) -> None:
+        """Take over the files that hold `modules` as they are."""
+        wanted = sorted({r.file for m in modules for p in m.parts for r in p.at})
+        numbers = {}
+        for at in wanted:
+            numbers[at] = len(self.files)
+            self.files.append(OutputFile(base.files[at].name, base.files[at].size, header_bytes(base, at)))
+        made = []
+        for m in modules:
+            for p in m.parts:
+                places = zip(p.names, p.part.outputs, p.at, strict=True)
+                outputs = tuple(Output(n, s.dtype, s.shape, numbers[r.file], r.offset, r.size) for n, s, r in places)
+                made.append(self.add(p, m.module, m.encoding.label, outputs))
+        self.steps += sorted(made, key=lambda s: (s.outputs[0].file, s.outputs[0].offset))
+
+    def move(self, modules: Sequence[StoredModule], at: HeadPlace | None, limit: int) -> None:
+        """Lay out `modules` anew: the backbone, or the head for one place."""
+        parts = {(key_of(m.module), p.part.outputs): p for m in modules for p in m.parts}
+
+        def make(item: plans.Item, outputs: tuple[Output, ...]) -> Step:
+            return self.add(parts[key_of(item.module), item.part.outputs], item.module, item.label, outputs)
+
+        self.lay_out(make, [(m.module, "", m.encoding) for m in modules], at, limit)
+
+    def lay_out(
+        self,
+        make: Callable[[plans.Item, tuple[Output, ...]], Step],
+        encoded: Sequence[Encoded],
+        at: HeadPlace | None,
+        limit: int,
+    ) -> None:
+        """Lay out encoded modules: the backbone, or the head for one place."""
+        folder, stem = ("", "model") if at is None else (at.folder, at.file)
+        plans.lay_out(self.files, self.steps, make, plans.items(encoded, at), limit, folder, stem, at is None)
+
+
+def header_bytes(base: Stored, at: int) -> bytes:
+    """Return the first bytes of a file, up to its data, after the headers have been checked."""
+    name = base.files[at].name
+    fd = open_file(resolve_inside(base.path, name), name)
+    try:
+        length = int.from_bytes(os.pread(fd, LENGTH_BYTES, 0), "little")
+        return os.pread(fd, LENGTH_BYTES + length, 0)
+    finally:
+        os.close(fd)
+
+
+def can_keep(base: Stored) -> bool:
+    """Return whether the backbone's files hold nothing else, and their names leave the head's free."""
+    backbone = {r.file for m in base.of(BACKBONE) for p in m.parts for r in p.at}
+    head = {r.file for m in base.of(HEAD) for p in m.parts for r in p.at}
+    names = [base.files[at].name for at in backbone]
+    return not backbone & head and all(n.startswith("model") and not n.startswith("model-mtp") for n in names)
+
+
+def limit_of(modules: Sequence[StoredModule]) -> int:
+    """Return a shard size that puts `modules` into files as they lie now; the usual one where none does."""
+    sizes = [sum(r.size for p in m.parts for r in p.at) for m in modules]
+    files = [m.parts[0].at[0].file for m in modules]
+    groups: list[list[int]] = []
+    for at, file in enumerate(files):
+        if at == 0 or file != files[at - 1]:
+            groups.append([])
+        groups[-1].append(at)
+    for limit in sorted(sum(sizes[i] for i in g) for g in groups):
+        if shards.split(sizes, limit) == groups:
+            return limit
+    return plans.DEFAULT_SHARD_BYTES
+
+
+def relaid(base: Stored, layout: Layout, model_source: bytes) -> Assembly:
+    """Return the assembly of the same tensors in another layout. Raises `InputError` where its hosts load no such head.
+
+    A drafter folder that is a second copy of the head is not read: the copy in the folder itself is.
+    """
+    kind, stages = base.folder.head_kind, base.inventory.stages
+    places = layout.places(kind, stages) if base.has_head else ()
+    drawing = Drawing()
+    backbone, head = base.of(BACKBONE), base.of(HEAD)
+    if can_keep(base):
+        drawing.keep(base, backbone)
+    else:
+        drawing.move(backbone, None, plans.DEFAULT_SHARD_BYTES)
+    limit = limit_of(head)
+    for place in places:
+        drawing.move(head, place, limit)
+    account = account_of(base, drawing, layout, model_source, places, [_encoded(m) for m in base.modules])
+    return assemble(base, drawing, account, base.path, base.files)
+
+
+def without_head(base: Stored, model_source: bytes) -> Assembly:
+    """Return the assembly of the backbone alone, in the layout of the folder: as converted with `--drop-mtp`."""
+    drawing = Drawing()
+    drawing.keep(base, base.of(BACKBONE))
+    layout = layout_of_stored(base)
+    account = account_of(base, drawing, layout, model_source, (), [_encoded(m) for m in base.of(BACKBONE)])
+    return assemble(base, drawing, account, base.path, base.files)
+
+
+def layout_of_stored(base: Stored) -> Layout:
+    """Return the layout that the manifest names, else the default one."""
+    return base.layout or layout_of("inline")
+
+
+def _encoded(m: StoredModule) -> Encoded:
+    return m.module, "", m.encoding
+
+
+def account_of(
+    base: Stored,
+    drawing: Drawing,
+    layout: Layout,
+    model_source: bytes,
+    places: Sequence[HeadPlace],
+    encoded: Sequence[Encoded],
+    head: HeadFacts | None = None,
+) -> Plan:
+    """Return the account of what is drawn: the plan of a conversion that makes the same folder."""
+    inventory = head.inventory if head else base.inventory
+    copies, texts, files_left_out = stored.small_files(base)
+    made, table = plans.texts(inventory, layout, places, encoded, drawing.files, drawing.steps, bool(places))
+    kind = head.kind if head else base.folder.head_kind
+    unsigned = Plan(
+        id="",
+        family=inventory.config.family.name,
+        head_kind=kind if places else "none",
+        layout=layout.name,
+        recipe=str((base.record or {}).get("recipe", stored.UNKNOWN)),
+        formats=base.formats | dict(head.formats if head else {}),
+        hashing=base.hashing,
+        sources=head.sources if head else base.sources(),
+        files=tuple(drawing.files),
+        steps=tuple(drawing.steps),
+        texts=made | texts | plans.model_file(layout, model_source),
+        copies=copies,
+        left_out=_left_out(base, drawing.steps, bool(places)),
+        files_left_out=files_left_out,
+        quantization=table,
+    )
+    return plans.signed(unsigned)
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What a head from a source adds to an account: its kind, the inventory with it, formats, source files."""
+
+    kind: str
+    inventory: Inventory
+    formats: Mapping[str, str]
+    sources: tuple[SourceFile, ...]
+
+
+def _left_out(base: Stored, steps: Sequence[Step], has_head: bool) -> tuple[LeftOut, ...]:
+    """Return what was left out and is not in the result; the tensors of a head that is taken out are, too."""
+    used = {n for s in steps for names in s.sources for n in names}
+    out = {x.tensor: x for x in base.left_out("left_out") if x.tensor not in used}
+    if base.has_head and not has_head:
+        names = {n for m in base.of(HEAD) for p in m.parts for n in p.sources}
+        out |= {n: LeftOut(n, DROPPED) for n in names}
+    return tuple(sorted(out.values(), key=lambda x: x.tensor))
+
+
+def assemble(base: Stored, drawing: Drawing, account: Plan, source: Path, sources: tuple[SourceFile, ...]) -> Assembly:
+    """Return the assembly: files of the account that `base` has are kept, all others are written."""
+    kept = [n for n in range(len(drawing.files)) if _same_file(base, drawing, n)]
+    number = {n: i for i, n in enumerate(n for n in range(len(drawing.files)) if n not in kept)}
+    made: list[tuple[Step, Task]] = []
+    recorded: dict[int, Done] = {}
+    for at, step in enumerate(drawing.steps):
+        part = drawing.part_of(step)
+        if part is not None:
+            recorded[at] = part.done
+        made += _work(at, step, part, number)
+    made.sort(key=lambda pair: (pair[0].outputs[0].file, pair[0].outputs[0].offset))
+    work = dataclasses.replace(
+        account,
+        id=strictjson.digest([account.id, "assembled", [dataclasses.astuple(s) for s in sources]]),
+        sources=sources,
+        files=tuple(drawing.files[n] for n in number),
+        steps=tuple(step for step, _ in made),
+        texts={},
+        copies={},
+    )
+    return Assembly(base, source, account, work, tuple(t for _, t in made), tuple(kept), recorded)
+
+
+def _same_file(base: Stored, drawing: Drawing, n: int) -> bool:
+    """Return whether the folder has this very file: by name, header, and the place of every tensor."""
+    file = drawing.files[n]
+    at = next((i for i, f in enumerate(base.files) if (f.name, f.size) == (file.name, file.size)), None)
+    if at is None or header_bytes(base, at) != file.header:
+        return False
+    for step in drawing.steps:
+        part = drawing.part_of(step)
+        for i, o in enumerate(step.outputs):
+            if o.file == n and (part is None or part.at[i] != ByteRange(at, o.offset, o.size)):
+                return False
+    return True
+
+
+def _work(at: int, step: Step, part: StoredPart | None, number: Mapping[int, int]) -> list[tuple[Step, Task]]:
+    """Return what makes a step: itself where it reads a source, a copy for each output where the folder has it."""
+    if part is None:
+        outputs = tuple(dataclasses.replace(o, file=number[o.file]) for o in step.outputs)
+        return [(dataclasses.replace(step, outputs=outputs), Task(at))]
+    out = []
+    for i, (o, r) in enumerate(zip(step.outputs, part.at, strict=True)):
+        if o.file in number:
+            copy = dataclasses.replace(
+                step,
+                outputs=(dataclasses.replace(o, file=number[o.file]),),
+                transform="copy",
+                params={},
+                operands=((r,),),
+                sources=((part.names[i],),),
+                source_shapes=(o.shape,),
+            )
+            out.append((copy, Task(at, i)))
+    return out
+
+
+def merged(made: Assembly, result: execute.Result) -> dict[int, Done]:
+    """Return what is known of every step of the account. Raises `InputError` where a copied tensor was altered."""
+    out = {n: d for n, d in made.recorded.items() if n not in {t.step for t in made.tasks}}
+    digests: dict[int, list[str | None]] = {}
+    for n, task in enumerate(made.tasks):
+        found = result.steps[n]
+        recorded = made.recorded.get(task.step)
+        if recorded is None:
+            out[task.step] = found
+            continue
+        known = recorded.digests[task.output]
+        if known is not None and found.digests[0] is not None and known != found.digests[0]:
+            name = made.work.steps[n].sources[0][0]
+            raise InputError(f"{made.base.path}: {name}: altered since it was written; convert the folder again")
+        filled = digests.setdefault(task.step, list(recorded.digests))
+        filled[task.output] = known if found.digests[0] is None else found.digests[0]
+        out[task.step] = Done(tuple(filled), recorded.loss)
+    return out
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found of a kept file: its sha256, and xxh3-128 by offset of each tensor; None and {} if not asked."""
+
+    sha256: str | None
+    digests: Mapping[int, str]
+
+
+def ending(made: Assembly, out: Path, apart: tuple[Path, ...], progress: Progress = lambda n: None) -> convert.Ending:
+    """Return how a run of `made.work` into the folder `out` ends: kept files, small files, then the manifest."""
+
+    def write(out: Path, result: execute.Result, disk: Disk) -> None:
+        known, hashes = merged(made, result), new_hashes(made, result)
+        for n in made.kept:
+            name = made.account.files[n].name
+            absorb(made, n, check_kept(made, n, progress), known, hashes)
+            disk.make_folder((out / name).parent)
+            disk.link_or_copy(resolve_inside(made.base.path, name), out / name)
+        write_small(made, out, disk, manifest.build(made.account, known, hashes))
+
+    sizes = {f.name: f.size for f in made.account.files}
+    copied = 0 if _same_disk(made.base.path, out) else sum(made.account.files[n].size for n in made.kept)
+    return convert.Ending(made.account.id, sizes, made.small, apart, write, copied)
+
+
+def _same_disk(a: Path, b: Path) -> bool:
+    while not b.exists():
+        b = b.absolute().parent
+    return a.stat().st_dev == b.stat().st_dev
+
+
+def new_hashes(made: Assembly, result: execute.Result) -> dict[int, str | None]:
+    """Return the sha256 of every written file by its number in the account."""
+    written = [n for n in range(len(made.account.files)) if n not in made.kept]
+    return {n: result.hashes[i] for i, n in enumerate(written)}
+
+
+def check_kept(made: Assembly, n: int, progress: Progress) -> Seen:
+    """Return what a kept file holds, read once. Raises `InputError` when it is not what the manifest records."""
+    name = made.account.files[n].name
+    if made.base.record is None:
+        return _read_through(made, n, progress)
+    known = made.base.sha256(name)
+    if known is not None and verify.sha256_file(made.base.path, name, progress) != known:
+        raise InputError(f"{made.base.path}: {name}: altered since it was written; convert the folder again")
+    return Seen(known, {})
+
+
+def _read_through(made: Assembly, n: int, progress: Progress) -> Seen:
+    """Return the digests of a file of which no manifest tells any: read from front to back."""
+    file = made.account.files[n]
+    whole, digests = hashlib.sha256(file.header), {}
+    places = sorted((o.offset, o.size) for s in made.account.steps for o in s.outputs if o.file == n)
+    fd = open_file(resolve_inside(made.base.path, file.name), file.name)
+    with os.fdopen(fd, "rb", buffering=0) as f:
+        f.seek(len(file.header))
+        for offset, size in places:
+            tensor = xxhash.xxh3_128()
+            while size:
+                data = f.read(min(size, READ_BYTES))
+                if not data:
+                    raise InputError(f"{file.name}: ends before byte {offset + size}; the file is being changed")
+                whole.update(data)
+                tensor.update(data)
+                size -= len(data)
+                progress(len(data))
+            digests[offset] = tensor.hexdigest()
+    return Seen(whole.hexdigest(), digests)
+
+
+def absorb(made: Assembly, n: int, seen: Seen, known: dict[int, Done], hashes: dict[int, str | None]) -> None:
+    """Put what was found of kept file `n` into what is known."""
+    hashes[n] = seen.sha256
+    for at, step in enumerate(made.account.steps):
+        if seen.digests and any(o.file == n for o in step.outputs):
+            pairs = zip(step.outputs, known[at].digests, strict=True)
+            found = tuple(seen.digests[o.offset] if o.file == n else d for o, d in pairs)
+            known[at] = Done(found, known[at].loss)
+
+
+def write_small(made: Assembly, out: Path, disk: Disk, account: bytes) -> None:
+    """Write the small files, then the manifest."""
+    for name, sha256 in made.account.copies.items():
+        disk.write_file(out / name, stored.checked_small(made.base, name, sha256))
+    for name, text in made.account.texts.items():
+        disk.make_folder((out / name).parent)
+        disk.write_file(out / name, text)
+    disk.write_file(out / manifest.MANIFEST_NAME, account)
