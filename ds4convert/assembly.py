@@ -121,13 +121,13 @@ class Drawing:
     def lay_out(
         self,
         make: Callable[[plans.Item, tuple[Output, ...]], Step],
-        encoded: Sequence[Encoded],
+        modules: Sequence[Encoded],
         at: HeadPlace | None,
         limit: int,
     ) -> None:
         """Lay out encoded modules: the backbone, or the head for one place."""
         folder, stem = ("", "model") if at is None else (at.folder, at.file)
-        plans.lay_out(self.files, self.steps, make, plans.items(encoded, at), limit, folder, stem, at is None)
+        plans.lay_out(self.files, self.steps, make, plans.items(modules, at), limit, folder, stem, at is None)
 
 
 def header_bytes(base: Stored, at: int) -> bytes:
@@ -180,7 +180,7 @@ def relaid(base: Stored, layout: Layout, model_source: bytes) -> Assembly:
     limit = limit_of(head)
     for place in places:
         drawing.move(head, place, limit)
-    account = account_of(base, drawing, layout, model_source, places, [_encoded(m) for m in base.modules])
+    account = account_of(base, drawing, layout, model_source, places, [encoded(m) for m in base.modules])
     return assemble(base, drawing, account, base.path, base.files)
 
 
@@ -189,7 +189,7 @@ def without_head(base: Stored, model_source: bytes) -> Assembly:
     drawing = Drawing()
     drawing.keep(base, base.of(BACKBONE))
     layout = layout_of_stored(base)
-    account = account_of(base, drawing, layout, model_source, (), [_encoded(m) for m in base.of(BACKBONE)])
+    account = account_of(base, drawing, layout, model_source, (), [encoded(m) for m in base.of(BACKBONE)])
     return assemble(base, drawing, account, base.path, base.files)
 
 
@@ -198,7 +198,8 @@ def layout_of_stored(base: Stored) -> Layout:
     return base.layout or layout_of("inline")
 
 
-def _encoded(m: StoredModule) -> Encoded:
+def encoded(m: StoredModule) -> Encoded:
+    """Return a stored module as layouts take it."""
     return m.module, "", m.encoding
 
 
@@ -208,13 +209,13 @@ def account_of(
     layout: Layout,
     model_source: bytes,
     places: Sequence[HeadPlace],
-    encoded: Sequence[Encoded],
+    modules: Sequence[Encoded],
     head: HeadFacts | None = None,
 ) -> Plan:
     """Return the account of what is drawn: the plan of a conversion that makes the same folder."""
     inventory = head.inventory if head else base.inventory
     copies, texts, files_left_out = stored.small_files(base)
-    made, table = plans.texts(inventory, layout, places, encoded, drawing.files, drawing.steps, bool(places))
+    made, table = plans.texts(inventory, layout, places, modules, drawing.files, drawing.steps, bool(places))
     kind = head.kind if head else base.folder.head_kind
     unsigned = Plan(
         id="",
@@ -229,7 +230,7 @@ def account_of(
         steps=tuple(drawing.steps),
         texts=made | texts | plans.model_file(layout, model_source),
         copies=copies,
-        left_out=_left_out(base, drawing.steps, bool(places)),
+        left_out=_left_out(base, drawing.steps, head.left_out if head else (), bool(places)),
         files_left_out=files_left_out,
         quantization=table,
     )
@@ -244,12 +245,13 @@ class HeadFacts:
     inventory: Inventory
     formats: Mapping[str, str]
     sources: tuple[SourceFile, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
-def _left_out(base: Stored, steps: Sequence[Step], has_head: bool) -> tuple[LeftOut, ...]:
+def _left_out(base: Stored, steps: Sequence[Step], more: tuple[LeftOut, ...], has_head: bool) -> tuple[LeftOut, ...]:
     """Return what was left out and is not in the result; the tensors of a head that is taken out are, too."""
     used = {n for s in steps for names in s.sources for n in names}
-    out = {x.tensor: x for x in base.left_out("left_out") if x.tensor not in used}
+    out = {x.tensor: x for x in (*more, *base.left_out("left_out")) if x.tensor not in used}
     if base.has_head and not has_head:
         names = {n for m in base.of(HEAD) for p in m.parts for n in p.sources}
         out |= {n: LeftOut(n, DROPPED) for n in names}

@@ -27,6 +27,9 @@ from ds4convert.strictjson import show
 from ds4convert.types import JSON, ByteRange, Done, LeftOut, Loss, SourceFile
 
 DRAFTER = "mtp"
+NEW_FOLDER = "new"
+"""Below the state folder: where a change of a finished folder is made ready. Until it is, the folder is as it was."""
+
 UNKNOWN = "unknown"
 """The recipe of a folder whose manifest is missing."""
 
@@ -123,7 +126,8 @@ def read(path: Path) -> Stored:
     if not path.is_dir():
         raise InputError(f"{show(str(path))}: no such folder; expected a converted folder")
     record = manifest.read(path)
-    if record is None and (path / STATE_FOLDER).exists():
+    state = path / STATE_FOLDER
+    if record is None and state.exists() and not (state / NEW_FOLDER).is_dir():
         raise InputError(f"{path}: is unfinished; repeat the command that wrote it, then this one")
     checkpoint = read_checkpoint(path)
     if not logical.is_mlx(checkpoint):
@@ -238,15 +242,16 @@ def small_files(stored: Stored) -> tuple[dict[str, str], dict[str, bytes], tuple
     family = stored.inventory.config.family.name
     if stored.record is None:
         side = sidefiles.survey(stored.path, family)
-        ours = {DRAFTER, STATE_FOLDER, *_model_files()}
+        ours = {DRAFTER, STATE_FOLDER, *model_files()}
         return dict(side.copies), dict(side.added), tuple(x for x in side.left_out if x.tensor not in ours)
-    remade = {"config.json", INDEX_NAME, f"{DRAFTER}/config.json", f"{DRAFTER}/{INDEX_NAME}", *_model_files()}
+    remade = {"config.json", INDEX_NAME, f"{DRAFTER}/config.json", f"{DRAFTER}/{INDEX_NAME}", *model_files()}
     plain = [f for f in stored.record["files"] if "header_sha256" not in f and f["name"] not in remade]
     texts = {f["name"]: checked_small(stored, f["name"]) for f in plain if "bytes" in f}
     return {f["name"]: f["sha256"] for f in plain if "bytes" not in f}, texts, stored.left_out("files_left_out")
 
 
-def _model_files() -> set[str]:
+def model_files() -> set[str]:
+    """Return the names of the model files that layouts add."""
     return {y.model_file for y in layouts().values() if y.model_file}
 
 

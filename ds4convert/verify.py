@@ -83,7 +83,7 @@ def _finished(path: Path, record: JSON | None) -> Check:
     if record is not None:
         return Check("finished", True, f"converted by ds4convert {record.get('tool', {}).get('version', '?')}")
     if (path / STATE_FOLDER).exists():
-        return Check("finished", False, "an unfinished conversion; repeat the quantize command to finish it")
+        return Check("finished", False, "an unfinished conversion; repeat the command that wrote it to finish it")
     return Check("finished", False, f"no {manifest.MANIFEST_NAME}; this folder was not written by ds4convert")
 
 

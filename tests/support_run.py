@@ -299,7 +299,7 @@ class FailingDisk(Disk):
 
     MUTATING = (
         "make_folder", "open_partial", "reserve", "write_at", "copy_range", "sync_data", "sync_folder", "rename",
-        "write_file", "open_log", "append", "remove",
+        "write_file", "open_log", "append", "remove", "link_or_copy",
     )  # fmt: skip
 
     def __init__(self, n: int, error: Callable[[], BaseException], once: bool = False) -> None:
