@@ -92,7 +92,8 @@ def _graft(
     request = grafting.Request(
         layout_of(layout) if layout else None, check_format(mtp) if mtp else None, check_limit(max_shard_size), force
     )
-    convert.check_places(src, mlx_dir)
+    for a, b in ((src, mlx_dir), *(((src, out), (mlx_dir, out)) if out else ())):
+        convert.check_places(a, b)
     planned: Graft = grafting.plan(mlx_dir, convert.open_source(src), request, model_source())
     session.note(f"checked: {planned.checked}")
     for text in planned.warnings:
