@@ -28,10 +28,9 @@ from ds4convert.graft import Graft
 from ds4convert.inventory import Named
 from ds4convert.journal import STATE_FOLDER
 from ds4convert.manifest import MANIFEST_NAME
-from ds4convert.stored import DRAFTER, NEW_FOLDER
+from ds4convert.stored import COMMIT_NAME, DRAFTER, NEW_FOLDER
 from ds4convert.types import JSON
 
-COMMIT_NAME = "commit.json"
 UNDO_FOLDER, UNDO_NAME = ".ds4convert_undo", "undo.json"
 GRAFTED, REMOVED = "graft", "remove"
 Progress = Callable[[int], None]

@@ -19,7 +19,7 @@ from ds4convert.folder import INDEX_NAME, read_checkpoint, read_small
 from ds4convert.formats import Encoding, Part, Spec
 from ds4convert.formats.codecs import WORD_BITS
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Module, Storage, expand
-from ds4convert.journal import STATE_FOLDER
+from ds4convert.journal import PLAN_NAME, STATE_FOLDER
 from ds4convert.layouts import Layout, key_of, layouts
 from ds4convert.logical import Logical, MlxFolder
 from ds4convert.plan import SOURCE_ONLY_KEYS, findings_error
@@ -27,8 +27,8 @@ from ds4convert.strictjson import show
 from ds4convert.types import JSON, ByteRange, Done, LeftOut, Loss, SourceFile
 
 DRAFTER = "mtp"
-NEW_FOLDER = "new"
-"""Below the state folder: where a change of a finished folder is made ready. Until it is, the folder is as it was."""
+NEW_FOLDER, COMMIT_NAME = "new", "commit.json"
+"""Below the state folder: where a change of a finished folder is made ready, and what is done when it is."""
 
 UNKNOWN = "unknown"
 """The recipe of a folder whose manifest is missing."""
@@ -127,7 +127,7 @@ def read(path: Path) -> Stored:
         raise InputError(f"{show(str(path))}: no such folder; expected a converted folder")
     record = manifest.read(path)
     state = path / STATE_FOLDER
-    if record is None and state.exists() and not (state / NEW_FOLDER).is_dir():
+    if record is None and any((state / n).exists() for n in (PLAN_NAME, COMMIT_NAME)):
         raise InputError(f"{path}: is unfinished; repeat the command that wrote it, then this one")
     checkpoint = read_checkpoint(path)
     if not logical.is_mlx(checkpoint):
