@@ -143,6 +143,7 @@ def _no_shard(folder: Path) -> None:
 def _unfinished(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     (folder / ".ds4convert").mkdir()
+    (folder / ".ds4convert" / "plan.json").write_text("{}")
 
 
 def _renamed_tensor(folder: Path) -> None:
