@@ -150,16 +150,8 @@ class _Run:
     def prefill(self, prompt: list[int], step_size: int, progress: Callable[[int, int], None]) -> list[Token]:
         """Feed the prompt to backbone and head; returns the first token."""
         self.stats.prompt_tokens = len(prompt)
-        done = 0
-        progress(done, len(prompt))
-        while done < len(prompt) - 1:
-            part = prompt[done : min(done + step_size, len(prompt) - 1)]
-            _, hidden = self._backbone_pass(part)
-            self._known(hidden, part)
-            self._feed_head()
-            mx.eval([cache.state for cache in self.backbone + self.head], self.hidden)
-            done += len(part)
-            progress(done, len(prompt))
+        progress(0, len(prompt))
+        self.fill(prompt[:-1], step_size, lambda done, _: progress(done, len(prompt)))
         logits, hidden = self._backbone_pass(prompt[-1:])
         self._known(hidden, prompt[-1:])
         if self.processors:
@@ -170,6 +162,16 @@ class _Run:
         self.is_settled = True
         self.clock.charge("prompt_seconds")
         return [(token, logprobs[0], False)]
+
+    def fill(self, tokens: list[int], step_size: int, progress: Callable[[int, int], None]) -> None:
+        """Feed tokens to backbone and head, and draw none."""
+        for start in range(0, len(tokens), step_size):
+            part = tokens[start : start + step_size]
+            _, hidden = self._backbone_pass(part)
+            self._known(hidden, part)
+            self._feed_head()
+            mx.eval([cache.state for cache in self.backbone + self.head], self.hidden)
+            progress(start + len(part), len(tokens))
 
     def _known(self, hidden: mx.array, tokens: list[int]) -> None:
         """Note hidden states [1, n, ...] of `tokens`: each token is the one due after the hidden state before
@@ -296,10 +298,61 @@ def _split_cache(model: DraftingModel, prompt_cache: list[Any] | None) -> tuple[
     backbone, head = prompt_cache[:count], prompt_cache[count:]
     pending = getattr(head[0], "pending", None) if head else None
     known = head[0].offset + (0 if pending is None else pending.shape[1]) if head else -1
-    if known != backbone[0].offset or (known and pending is None):
+    if known != backbone[0].offset:
         head = model.make_mtp_cache()
         prompt_cache[count:] = head
     return backbone, head
+
+
+def fill_cache(
+    tokens: list[int],
+    model: DraftingModel,
+    prompt_cache: list[Any],
+    *,
+    prefill_step_size: int = 512,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> None:
+    """Feed `tokens` to the backbone and, where the cache holds its state, to the head; draws nothing.
+
+    `prompt_cache` = `make_cache() + make_mtp_cache()`, or the backbone's part alone, is continued in place. It can be
+    copied afterwards, and both decoding loops go on from it as if they had been given the tokens themselves.
+    """
+    count = len(model.make_cache())
+    progress = prompt_progress_callback or (lambda *_: None)
+    if len(prompt_cache) > count:
+        backbone, head = _split_cache(model, prompt_cache)
+        run = _Run(model, ExactMatch(), [], backbone, head, DecodeStats())
+        run.fill(tokens, prefill_step_size, progress)
+        head[0].pending = run.hidden
+        return
+    for start in range(0, len(tokens), prefill_step_size):
+        part = tokens[start : start + prefill_step_size]
+        model(mx.array([part]), cache=prompt_cache)
+        mx.eval([cache.state for cache in prompt_cache])
+        progress(start + len(part), len(tokens))
+
+
+def level_cache(model: DraftingModel, prompt_cache: list[Any], most: int) -> int:
+    """Take tokens back, in place, until backbone and head cover the same ones, `most` of them or fewer.
+
+    Returns how many are covered: the text has to be fed again from there. A cache that was trimmed layer by layer (as
+    mlx-lm's prompt cache does it) has lost the hidden state that the head waits for, so that the backbone has to make
+    it once more. 0 where the state before them is no longer held; the cache is then of no use, and a new one is needed.
+    """
+    count = len(model.make_cache())
+    backbone, head = prompt_cache[:count], prompt_cache[count:]
+    try:
+        _take_back(backbone, max(0, backbone[0].offset - most))
+        if head:
+            pending = getattr(head[0], "pending", None)
+            waiting = 0 if pending is None else pending.shape[1]
+            if head[0].offset + waiting != backbone[0].offset:
+                head[0].pending = None
+                _take_back(head, max(0, head[0].offset - backbone[0].offset))
+                _take_back(backbone, backbone[0].offset - head[0].offset)
+    except ValueError:
+        return 0
+    return int(backbone[0].offset)
 
 
 def _make_rule(sampler: Sampler | None, sampling: Sampling | None) -> Rule:
