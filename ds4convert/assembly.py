@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ from ds4convert import convert, execute, manifest, shards, stored, strictjson, v
 from ds4convert import plan as plans
 from ds4convert.errors import InputError
 from ds4convert.files import Disk
-from ds4convert.folder import open_file, resolve_inside
+from ds4convert.folder import Checkpoint, open_file, resolve_inside
 from ds4convert.formats import Encoding
-from ds4convert.headers import LENGTH_BYTES
+from ds4convert.headers import DTYPE_BYTES, LENGTH_BYTES
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Module
 from ds4convert.layouts import HeadPlace, Layout, key_of, layout_of
 from ds4convert.stored import Stored, StoredModule, StoredPart
@@ -47,11 +48,11 @@ class Assembly:
     """`account` is what the manifest will tell; `work` what is written anew, `tasks` its steps in the account.
 
     `kept` are the files of the account (by number) that the folder `base` has already; `recorded` is what its manifest
-    knows of the steps of the account whose bytes it has. `source` is the folder of the files that `work` reads.
+    knows of the steps of the account whose bytes it has. `places` is where the files lie that `work` reads.
     """
 
     base: Stored
-    source: Path
+    places: tuple[tuple[Path, str], ...]
     account: Plan
     work: Plan
     tasks: tuple[Task, ...]
@@ -132,8 +133,8 @@ class Drawing:
 
 def header_bytes(base: Stored, at: int) -> bytes:
     """Return the first bytes of a file, up to its data, after the headers have been checked."""
-    name = base.files[at].name
-    fd = open_file(resolve_inside(base.path, name), name)
+    folder, name = base.places[at]
+    fd = open_file(resolve_inside(folder, name), name)
     try:
         length = int.from_bytes(os.pread(fd, LENGTH_BYTES, 0), "little")
         return os.pread(fd, LENGTH_BYTES + length, 0)
@@ -142,11 +143,20 @@ def header_bytes(base: Stored, at: int) -> bytes:
 
 
 def can_keep(base: Stored) -> bool:
-    """Return whether the backbone's files hold nothing else, and their names leave the head's free."""
-    backbone = {r.file for m in base.of(BACKBONE) for p in m.parts for r in p.at}
+    """Return whether the backbone's files are as we write them, hold nothing else, and leave the head's names free."""
+    parts = [p for m in base.of(BACKBONE) for p in m.parts]
+    backbone = {r.file for p in parts for r in p.at}
+    if backbone & base.respelled or any(_widened(p, i) for p in parts for i in range(len(p.at))):
+        return False
     head = {r.file for m in base.of(HEAD) for p in m.parts for r in p.at}
     names = [base.files[at].name for at in backbone]
     return not backbone & head and all(n.startswith("model") and not n.startswith("model-mtp") for n in names)
+
+
+def _widened(part: StoredPart, i: int) -> bool:
+    """Return whether an output has to be written in a wider dtype than it is stored in."""
+    spec = part.part.outputs[i]
+    return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] != part.at[i].size
 
 
 def limit_of(modules: Sequence[StoredModule]) -> int:
@@ -181,7 +191,7 @@ def relaid(base: Stored, layout: Layout, model_source: bytes) -> Assembly:
     for place in places:
         drawing.move(head, place, limit)
     account = account_of(base, drawing, layout, model_source, places, [encoded(m) for m in base.modules])
-    return assemble(base, drawing, account, base.path, base.files)
+    return assemble(base, drawing, account)
 
 
 def without_head(base: Stored, model_source: bytes) -> Assembly:
@@ -190,7 +200,7 @@ def without_head(base: Stored, model_source: bytes) -> Assembly:
     drawing.keep(base, base.of(BACKBONE))
     layout = layout_of_stored(base)
     account = account_of(base, drawing, layout, model_source, (), [encoded(m) for m in base.of(BACKBONE)])
-    return assemble(base, drawing, account, base.path, base.files)
+    return assemble(base, drawing, account)
 
 
 def layout_of_stored(base: Stored) -> Layout:
@@ -258,18 +268,27 @@ def _left_out(base: Stored, steps: Sequence[Step], more: tuple[LeftOut, ...], ha
     return tuple(sorted(out.values(), key=lambda x: x.tensor))
 
 
-def assemble(base: Stored, drawing: Drawing, account: Plan, source: Path, sources: tuple[SourceFile, ...]) -> Assembly:
-    """Return the assembly: files of the account that `base` has are kept, all others are written."""
+def assemble(base: Stored, drawing: Drawing, account: Plan, head: Checkpoint | None = None) -> Assembly:
+    """Return the assembly: files of the account that `base` has are kept, all others are written.
+
+    `head` is the source that the other steps read; its files come first among those that are read.
+    """
     kept = [n for n in range(len(drawing.files)) if _same_file(base, drawing, n)]
     number = {n: i for i, n in enumerate(n for n in range(len(drawing.files)) if n not in kept)}
     made: list[tuple[Step, Task]] = []
     recorded: dict[int, Done] = {}
+    more = head.files if head else ()
     for at, step in enumerate(drawing.steps):
         part = drawing.part_of(step)
         if part is not None:
             recorded[at] = part.done
-        made += _work(at, step, part, number)
+        made += _work(at, step, part, number, len(more))
     made.sort(key=lambda pair: (pair[0].outputs[0].file, pair[0].outputs[0].offset))
+    sources, places = more, tuple((head.path, f.name) for f in more) if head else ()
+    if any(task.step in recorded for _, task in made):
+        label = "MLX_DIR/" if head else ""
+        sources += tuple(dataclasses.replace(f, name=label + f.name) for f in base.files)
+        places += base.places
     work = dataclasses.replace(
         account,
         id=strictjson.digest([account.id, "assembled", [dataclasses.astuple(s) for s in sources]]),
@@ -279,7 +298,7 @@ def assemble(base: Stored, drawing: Drawing, account: Plan, source: Path, source
         texts={},
         copies={},
     )
-    return Assembly(base, source, account, work, tuple(t for _, t in made), tuple(kept), recorded)
+    return Assembly(base, places, account, work, tuple(t for _, t in made), tuple(kept), recorded)
 
 
 def _same_file(base: Stored, drawing: Drawing, n: int) -> bool:
@@ -296,8 +315,13 @@ def _same_file(base: Stored, drawing: Drawing, n: int) -> bool:
     return True
 
 
-def _work(at: int, step: Step, part: StoredPart | None, number: Mapping[int, int]) -> list[tuple[Step, Task]]:
-    """Return what makes a step: itself where it reads a source, a copy for each output where the folder has it."""
+def _work(
+    at: int, step: Step, part: StoredPart | None, number: Mapping[int, int], shift: int
+) -> list[tuple[Step, Task]]:
+    """Return what makes a step: itself where it reads a source, a copy for each output where the folder has it.
+
+    The folder's files are counted from `shift`.
+    """
     if part is None:
         outputs = tuple(dataclasses.replace(o, file=number[o.file]) for o in step.outputs)
         return [(dataclasses.replace(step, outputs=outputs), Task(at))]
@@ -307,9 +331,9 @@ def _work(at: int, step: Step, part: StoredPart | None, number: Mapping[int, int
             copy = dataclasses.replace(
                 step,
                 outputs=(dataclasses.replace(o, file=number[o.file]),),
-                transform="copy",
+                transform="widen_bf16" if _widened(part, i) else "copy",
                 params={},
-                operands=((r,),),
+                operands=((dataclasses.replace(r, file=r.file + shift),),),
                 sources=((part.names[i],),),
                 source_shapes=(o.shape,),
             )
@@ -354,12 +378,17 @@ def ending(made: Assembly, out: Path, apart: tuple[Path, ...], progress: Progres
             name = made.account.files[n].name
             absorb(made, n, check_kept(made, n, progress), known, hashes)
             disk.make_folder((out / name).parent)
-            disk.link_or_copy(resolve_inside(made.base.path, name), out / name)
+            disk.link_or_copy(resolve_inside(*place_of(made.base, name)), out / name)
         write_small(made, out, disk, manifest.build(made.account, known, hashes))
 
     sizes = {f.name: f.size for f in made.account.files}
     copied = 0 if _same_disk(made.base.path, out) else sum(made.account.files[n].size for n in made.kept)
-    return convert.Ending(made.account.id, sizes, made.small, apart, write, copied)
+    return convert.Ending(made.account.id, sizes, made.small, apart, write, copied, made.places)
+
+
+def place_of(base: Stored, name: str) -> tuple[Path, str]:
+    """Return where the folder's file of tensors `name` lies."""
+    return base.places[next(i for i, f in enumerate(base.files) if f.name == name)]
 
 
 def _same_disk(a: Path, b: Path) -> bool:
@@ -390,7 +419,7 @@ def _read_through(made: Assembly, n: int, progress: Progress) -> Seen:
     file = made.account.files[n]
     whole, digests = hashlib.sha256(file.header), {}
     places = sorted((o.offset, o.size) for s in made.account.steps for o in s.outputs if o.file == n)
-    fd = open_file(resolve_inside(made.base.path, file.name), file.name)
+    fd = open_file(resolve_inside(*place_of(made.base, file.name)), file.name)
     with os.fdopen(fd, "rb", buffering=0) as f:
         f.seek(len(file.header))
         for offset, size in places:

@@ -51,7 +51,8 @@ class Ending:
 
     `id` is the plan in the manifest, `sizes` and `small` the files of the result by name (those of tensors with their
     sizes), `apart` the folders that the output folder may not overlap, `more_bytes` what `write` needs beside the
-    plan. `write` puts small files and the manifest, last, into the folder.
+    plan. `places` is where the plan's source files lie (a folder, a name in it), if not in the source's folder. `write`
+    puts small files and the manifest, last, into the folder.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Ending:
     apart: tuple[Path, ...]
     write: Callable[[Path, execute.Result, Disk], None]
     more_bytes: int = 0
+    places: tuple[tuple[Path, str], ...] = ()
 
 
 def _plain_ending(source: Source, plan: Plan) -> Ending:
@@ -236,7 +238,7 @@ def _locked(
     importance: Importance, ending: Ending,
 ) -> Outcome:  # fmt: skip
     state = out / STATE_FOLDER
-    sources = execute.Sources(source.checkpoint.path, plan)
+    sources = execute.Sources(ending.places or [(source.checkpoint.path, s.name) for s in plan.sources], plan)
     try:
         with disk_errors("writing", state):
             finished = journal.begin(disk, state, plan, sources.prints)

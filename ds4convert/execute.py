@@ -53,13 +53,14 @@ class Result:
 class Sources:
     """Open source files, read by range. Refuses files that are no longer what the plan saw."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, places: Sequence[tuple[Path, str]], plan: Plan) -> None:
+        """Open the source files of `plan`, each at its place: a folder, and its name in it."""
         self.fds: list[int] = []
         self.prints: dict[str, Fingerprint] = {}
         self._names = [s.name for s in plan.sources]
         try:
-            for s in plan.sources:
-                fd = open_file(resolve_inside(folder, s.name), s.name)
+            for s, (folder, name) in zip(plan.sources, places, strict=True):
+                fd = open_file(resolve_inside(folder, name), s.name)
                 self.fds.append(fd)
                 status = os.fstat(fd)
                 self.prints[s.name] = (status.st_size, status.st_mtime_ns)

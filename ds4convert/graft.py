@@ -56,7 +56,7 @@ def plan(path: Path, source: Source, request: Request, model_source: bytes) -> G
     """Return the graft of the head of `source` into the converted folder at `path`.
 
     Raises `InputError` where the folder has a head, the source has none or an incomplete one, the two do not belong
-    together, or the folder's files cannot be kept as they are.
+    together.
     """
     base = stored.read(path)
     _check_base(base)
@@ -76,11 +76,6 @@ def _check_base(base: Stored) -> None:
         raise InputError(
             f"{base.path}: has a {base.folder.head_kind} head already; take it out first: "
             f"ds4convert graft --remove {base.path}"
-        )
-    if not assembly.can_keep(base):
-        raise InputError(
-            f"{base.path}: its files do not leave room for a head of their own (expected model-NNNNN-of-NNNNN); "
-            "write it anew first: ds4convert relayout MLX_DIR OUT --layout inline"
         )
 
 
@@ -170,7 +165,10 @@ def _assemble(
     encoded = plans.encode(inventory, options)
     places = layout.places(inventory.head_kind, inventory.stages)
     drawing = Drawing()
-    drawing.keep(base, base.of(BACKBONE))
+    if assembly.can_keep(base):
+        drawing.keep(base, base.of(BACKBONE))
+    else:
+        drawing.move(base.of(BACKBONE), None, request.max_shard_bytes)
     for place in places:
         drawing.lay_out(partial(plans.step_of, source.named, options), encoded, place, request.max_shard_bytes)
     raw = _with_stages(base, inventory)
@@ -184,7 +182,7 @@ def _assemble(
     )
     backbone = [assembly.encoded(m) for m in base.of(BACKBONE)]
     account = assembly.account_of(base, drawing, layout, model_source, places, backbone + encoded, facts)
-    return assembly.assemble(base, drawing, account, source.checkpoint.path, source.checkpoint.files)
+    return assembly.assemble(base, drawing, account, source.checkpoint)
 
 
 def _rounding(base: Stored) -> str:

@@ -62,6 +62,11 @@ def graft(graft: Graft, jobs: int = 2, overwrite: bool = False, progress: Progre
           disk: Disk | None = None) -> Changed:  # fmt: skip
     """Put the head into the folder itself. `overwrite` starts over what an earlier run left with other settings."""
     made, disk = graft.made, disk or Disk()
+    if not assembly.can_keep(made.base):
+        raise InputError(
+            f"{made.base.path}: its files are spelled as another program does it, so they cannot stay as they are; "
+            "--out DIR writes the folder anew"
+        )
     convert.check_places(graft.source.checkpoint.path, made.base.path)
     old = _small_files(made)
     new = {f.name for f in made.work.files} | set(made.account.texts)
@@ -237,7 +242,9 @@ def _aside(made: Assembly, undo: dict[str, bytes], progress: Progress) -> conver
             disk.write_file(out / name, text)
         disk.write_file(out / MANIFEST_NAME, manifest.build(made.account, known, hashes))
 
-    return convert.Ending(made.account.id, {f.name: f.size for f in made.work.files}, tuple(texts), (), write)
+    return convert.Ending(
+        made.account.id, {f.name: f.size for f in made.work.files}, tuple(texts), (), write, 0, made.places
+    )
 
 
 def _write_commit(state: Path, place: list[str], remove: list[str], kind: str, disk: Disk) -> None:

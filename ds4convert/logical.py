@@ -265,30 +265,37 @@ def is_mlx(checkpoint: Checkpoint) -> bool:
 _MLX_ONLY, _MLX_ROOT = ".ffn.switch_mlp.", {"model.hc_head.fn", "model.hc_head.base", "model.hc_head.scale"}
 
 
-def read_mlx(path: Path, checkpoint: Checkpoint | None = None) -> MlxFolder:
+def read_mlx(
+    path: Path, checkpoint: Checkpoint | None = None, drafter: Checkpoint | None = None, lenient: bool = False
+) -> MlxFolder:
     """Return the converted folder at `path`, every tensor matched with what its config implies.
 
-    `checkpoint` are its headers where they have been read already.
+    `checkpoint` and `drafter` are its headers where they have been read already. `lenient`: BF16 may stand where F32
+    is expected.
 
     Differences are in `findings`. Raises `InputError` where headers, index or config cannot be read.
     """
     checkpoint = checkpoint or read_checkpoint(path)
     config = parse_config(need_config(checkpoint), CONFIG_NAME, is_mlx=True)
-    drafter = read_checkpoint(path / "mtp") if (path / "mtp" / CONFIG_NAME).is_file() else None
+    if drafter is None and (path / "mtp" / CONFIG_NAME).is_file():
+        drafter = read_checkpoint(path / "mtp")
     table = config.raw.get("quantization") or {}
     if not isinstance(table, dict):
         raise InputError(f"{CONFIG_NAME}: quantization is not a table")
-    return _match(path, config, table, checkpoint, drafter)
+    return _match(path, config, table, checkpoint, drafter, lenient)
 
 
 def _match(
-    path: Path, config: ModelConfig, table: JSON, checkpoint: Checkpoint, drafter: Checkpoint | None
-) -> MlxFolder:
+    path: Path, config: ModelConfig, table: JSON, checkpoint: Checkpoint, drafter: Checkpoint | None,
+    lenient: bool = False,
+) -> MlxFolder:  # fmt: skip
     own = {t.name: t for t in checkpoint.tensors()}
     below = {t.name: t for t in drafter.tensors()} if drafter else {}
     shift = len(checkpoint.files)
     kind, stages, place = _find_head(config, own, below)
     inventory = expand(config, kind, stages, _DENSE)
+    if lenient:
+        inventory = replace(inventory, modules=tuple(_lenient(m) for m in inventory.modules))
     tables = {"": table, "mtp": _drafter_table(drafter)}
     names = [*checkpoint.file_names, *(f"mtp/{n}" for n in (drafter.file_names if drafter else ()))]
     out: dict[str, Logical] = {}
@@ -312,8 +319,14 @@ def _match(
                 what = f"{info.dtype} {list(info.shape)}"
                 findings.append(Finding("extra", name, "nothing of this name", what, file))
     paths_all = tuple((path, n) for n in names)
+    if drafter is not None and drafter.path != path / "mtp":  # beside the folder, not in it
+        paths_all = (*paths_all[:shift], *((drafter.path, n) for n in drafter.file_names))
     view = View("mlx", out, paths_all)
     return MlxFolder(path, config, table, checkpoint, drafter, kind, place, view, tuple(findings))
+
+
+def _lenient(module: Module) -> Module:
+    return replace(module, store="F32 or BF16") if module.store == "F32" else module
 
 
 _DENSE = {BACKBONE: Storage("bf16", "bf16"), HEAD: Storage("bf16", "bf16")}

@@ -13,12 +13,14 @@ from ds4convert.inventory import Named
 from ds4convert.layouts import Layout
 
 
-def plan(path: Path, layout: Layout, model_source: bytes) -> Assembly:
+def plan(path: Path, layout: Layout, model_source: bytes, drafter: Path | None = None) -> Assembly:
     """Return what `layout` makes of the converted folder at `path`; `model_source` as in `plan.Options`.
+
+    `drafter` is the folder that holds its head, where that lies apart.
 
     Raises `InputError` where the folder is no whole conversion, or the layout's hosts do not load its head.
     """
-    return assembly.relaid(stored.read(path), layout, model_source)
+    return assembly.relaid(stored.read(path, drafter), layout, model_source)
 
 
 def work(made: Assembly) -> int:
@@ -36,6 +38,7 @@ def run(
 ) -> Outcome:
     """Write the folder `out`, resuming what an earlier run left there. Errors as in `convert.run`."""
     base = made.base
-    ending = assembly.ending(made, out, (base.path,), progress)
+    apart = tuple(dict.fromkeys((base.path, *(folder for folder, _ in base.places))))
+    ending = assembly.ending(made, out, apart, progress)
     source = Source(base.folder.checkpoint, base.inventory, Named({}, ()))
     return convert.run(source, made.work, out, jobs, overwrite, progress, disk, ending=ending)

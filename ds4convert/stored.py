@@ -7,15 +7,24 @@ incomplete, or not what their manifest says.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds4convert import logical, manifest, sidefiles
+from ds4convert import logical, manifest, sidefiles, spelling
 from ds4convert.errors import InputError
-from ds4convert.folder import INDEX_NAME, read_checkpoint, read_small
+from ds4convert.folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Checkpoint,
+    read_checkpoint,
+    read_header,
+    read_small,
+    resolve_inside,
+)
 from ds4convert.formats import Encoding, Part, Spec
 from ds4convert.formats.codecs import WORD_BITS
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Module, Storage, expand
@@ -60,7 +69,8 @@ class Stored:
     """A converted folder. `record` is its manifest; `inventory` has the config as the source had it.
 
     `files` are those of tensors, as `ByteRange.file` counts them: of the folder itself, then (named `mtp/...`) of its
-    drafter folder. `hashing` is whether digests are known (or have to be).
+    drafter folder. `hashing` is whether digests are known (or have to be). `respelled` are the files in which another
+    program's names or shapes stand for ours.
     """
 
     path: Path
@@ -70,6 +80,12 @@ class Stored:
     modules: tuple[StoredModule, ...]
     files: tuple[SourceFile, ...]
     hashing: bool
+    respelled: frozenset[int] = frozenset()
+
+    @property
+    def places(self) -> tuple[tuple[Path, str], ...]:
+        """Return where each file lies: a folder, and its name in it."""
+        return self.folder.view.paths
 
     def of(self, part: str) -> list[StoredModule]:
         """Return the modules of the backbone or of the head."""
@@ -121,29 +137,67 @@ def _commonest(labels: Iterable[str]) -> str:
 _DENSE = {BACKBONE: Storage("bf16", "bf16"), HEAD: Storage("bf16", "bf16")}
 
 
-def read(path: Path) -> Stored:
-    """Return the converted folder at `path`. Raises `InputError` where it is none, unfinished or contradictory."""
+def read(path: Path, drafter: Path | None = None) -> Stored:
+    """Return the converted folder at `path`, whoever wrote it; `drafter` is the folder of its head, if that is apart.
+
+    Raises `InputError` where it is none, unfinished or contradictory.
+    """
     if not path.is_dir():
         raise InputError(f"{show(str(path))}: no such folder; expected a converted folder")
-    record = manifest.read(path)
+    found = _checkpoint(path)
+    record = _own_record(path, found)
     state = path / STATE_FOLDER
     if record is None and any((state / n).exists() for n in (PLAN_NAME, COMMIT_NAME)):
         raise InputError(f"{path}: is unfinished; repeat the command that wrote it, then this one")
-    checkpoint = read_checkpoint(path)
+    theirs = record is None
+    checkpoint = spelling.canonical(found) if theirs else found
     if not logical.is_mlx(checkpoint):
         raise InputError(f"{path}: is not a converted folder; convert it first: ds4convert quantize SRC OUT")
-    folder = logical.read_mlx(path, checkpoint)
+    apart = _drafter(path, drafter, theirs)
+    folder = logical.read_mlx(path, checkpoint, apart, theirs)
     if folder.findings:
         raise findings_error(folder.findings, f"{path}: config.json and the tensors do not fit; convert it again")
     blocks = {t.layer for t in folder.view.tensors.values() if t.part == HEAD}
     raw = _source_config(folder, len(blocks))
     inventory = expand(replace(folder.config, raw=raw), folder.head_kind, len(blocks), _DENSE)
-    drafter = folder.drafter.files if folder.drafter else ()
-    files = (*checkpoint.files, *(replace(f, name=f"{DRAFTER}/{f.name}") for f in drafter))
+    below = folder.drafter.files if folder.drafter else ()
+    files = (*checkpoint.files, *(replace(f, name=f"{DRAFTER}/{f.name}") for f in below))
     records = None if record is None else {(r["file"], r["name"]): r for r in record["tensors"]}
     modules = tuple(_stored(m, folder.view.tensors[key_of(m)], records, files) for m in inventory.modules)
     hashing = record is None or any(r.get("xxh3_128") for r in record["tensors"])
-    return Stored(path, folder, record, inventory, modules, files, hashing)
+    respelled = spelling.changed(found, checkpoint)
+    return Stored(path, folder, record, inventory, modules, files, hashing, respelled)
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    """Return the headers of a folder, those of heads that its index leaves out too (some hosts read these)."""
+    found = read_checkpoint(path)
+    files, heads = list(found.files), list(found.headers)
+    for name in sorted(e.name for e in os.scandir(path) if e.name.endswith(".safetensors")):
+        if found.has_index and name not in found.file_names:
+            file, header = read_header(resolve_inside(path, name), name, len(files))
+            if any(t.name.startswith("mtp.") for t in header.tensors):
+                files.append(file)
+                heads.append(header)
+    return replace(found, files=tuple(files), headers=tuple(heads))
+
+
+def _own_record(path: Path, found: Checkpoint) -> JSON | None:
+    """Return the manifest; None without one, or where it came along from another folder: programs copy every JSON."""
+    record = manifest.read(path)
+    if record is None:
+        return None
+    told = {f.get("header_sha256") for f in record["files"]}
+    return record if any(f.header_sha256 in told for f in found.files) else None
+
+
+def _drafter(path: Path, apart: Path | None, theirs: bool) -> Checkpoint | None:
+    """Return the headers of the drafter folder in our spelling; None where there is none."""
+    below = path / DRAFTER
+    if apart is None and not (below / CONFIG_NAME).is_file():
+        return None
+    found = read_checkpoint(apart or below)
+    return spelling.canonical(found) if theirs else found
 
 
 def _source_config(folder: MlxFolder, stages: int) -> JSON:
@@ -172,8 +226,11 @@ def _stored(module: Module, found: Logical, records: Records | None, files: Sequ
     codec = found.codec
     stem = found.name.removesuffix(".weight") if module.is_module else found.name
     if codec is None:
-        specs = [Spec("weight" if module.is_module else "", found.store.upper(), found.shape)]
-        label, table = found.store, None
+        dtype = (
+            found.store.upper() if found.store.upper() in module.store.split(" or ") or module.write else module.store
+        )
+        specs = [Spec("weight" if module.is_module else "", dtype, found.shape)]
+        label, table = dtype.lower(), None
     else:
         *outer, cols = found.shape
         groups = (*outer, cols // codec.group_size)

@@ -123,13 +123,19 @@ def _remove(session: Session, mlx_dir: Path) -> None:
 @click.argument("mlx_dir", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--layout", type=LayoutName(), required=True, help="Whose spelling.")
+@click.option(
+    "--drafter", type=PATH, metavar="DIR", help="The head's folder, where it lies apart, as mlx-vlm writes it."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a conversion that OUT holds; other files in OUT stay.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Workers.")
 @common()
-def relayout(session: Session, mlx_dir: Path, out: Path, layout: str, overwrite: bool, jobs: int) -> None:
+def relayout(
+    session: Session, mlx_dir: Path, out: Path, layout: str, drafter: Path | None, overwrite: bool, jobs: int
+) -> None:
     """Write the converted folder MLX_DIR again in another host's spelling: the same values, byte for byte.
 
-    OUT is what `quantize --layout NAME` would have written. Files that do not change are hard links where the disk
+    MLX_DIR may be of mlx-lm and its branches, mlx-vlm, oMLX or MTPLX too. OUT is what `quantize --layout NAME` would
+    have written. Files that do not change are hard links where the disk
     has them, after their digests have been checked. Run it again after an interruption: it goes on.
 
     \b
@@ -140,7 +146,7 @@ def relayout(session: Session, mlx_dir: Path, out: Path, layout: str, overwrite:
     from ds4convert.layouts import layout_of
 
     place = layout_of(layout)
-    made = relaying.plan(mlx_dir, place, model_source() if place.model_file else b"")
+    made = relaying.plan(mlx_dir, place, model_source() if place.model_file else b"", drafter)
     with session.progress(relaying.work(made), "writing") as progress:
         outcome = relaying.run(made, out, jobs, overwrite, progress)
     facts = _facts(made, outcome.manifest, outcome.resumed, outcome.already_done)

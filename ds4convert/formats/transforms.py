@@ -97,6 +97,13 @@ def copy(step: Step, read: Read) -> Iterator[Piece]:
         yield Piece(0, at, source=r)
 
 
+def widen_bf16(step: Step, read: Read) -> Iterator[Piece]:
+    """BF16 as F32: the same values."""
+    operand = Operand(step, 0, read)
+    for at, r in operand.chunks(CHUNK_BYTES // 2):
+        yield Piece(0, at * 2, data=as_bytes(scalars.bf16_values(np.frombuffer(operand.read(r), "<u2"))))
+
+
 def _copy_without(step: Step, read: Read, codes: tuple[int, ...], what: str) -> Iterator[Piece]:
     operand = Operand(step, 0, read)
     for at, r in operand.chunks():
@@ -208,6 +215,6 @@ def _bf16_piece(values: scalars.F32, element: int) -> Piece:
 
 
 TRANSFORMS: Mapping[str, Callable[[Step, Read], Iterator[Piece]]] = {
-    f.__name__: f for f in (copy, copy_e4m3, copy_e8m0, tile_e8m0, narrow_i64, fp4_to_bf16, fp8_to_bf16)
+    f.__name__: f for f in (copy, widen_bf16, copy_e4m3, copy_e8m0, tile_e8m0, narrow_i64, fp4_to_bf16, fp8_to_bf16)
 }
 """All transforms by the name that a plan uses."""

@@ -18,7 +18,7 @@ CORE = {
 }  # fmt: skip
 SHELL = {
     "files", "folder", "sidefiles", "journal", "execute", "convert", "manifest", "logical", "compare", "verify",
-    "synth", "stored", "assembly", "relayout", "graft", "inplace",
+    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace",
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
