@@ -21,9 +21,9 @@ from ds4convert.errors import ConfigError, InputError, InventoryError
 from ds4convert.files import Disk
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Named, ignored_reason
 from ds4convert.inventory import compare as differences
-from ds4convert.layouts import Layout
+from ds4convert.layouts import Layout, key_of
 from ds4convert.recipes import Recipe
-from ds4convert.stored import Stored
+from ds4convert.stored import Stored, StoredModule
 from ds4convert.types import JSON, LeftOut, SourceFile
 
 ROUNDED = 2.0**-8
@@ -158,6 +158,7 @@ def _only(view: logical.View, keys: Iterable[str]) -> logical.View:
 def _assemble(
     base: Stored, source: Source, inventory: Inventory, request: Request, layout: Layout, model_source: bytes
 ) -> Assembly:
+    base = _with_sources(base, source)
     formats = base.formats
     head_format = request.mtp or formats.get("mtp", "native")
     recipe = Recipe("", "", formats.get("backbone", "native"), formats.get("experts", "native"), head_format)
@@ -183,6 +184,31 @@ def _assemble(
     backbone = [assembly.encoded(m) for m in base.of(BACKBONE)]
     account = assembly.account_of(base, drawing, layout, model_source, places, backbone + encoded, facts)
     return assembly.assemble(base, drawing, account, source.checkpoint)
+
+
+def _with_sources(base: Stored, source: Source) -> Stored:
+    """Return the folder with the names of the source's tensors, where no manifest tells what its own came from.
+
+    What rounding cost the program that wrote it stays unknown.
+    """
+    modules = {key_of(m): m for m in source.inventory.modules}
+    tensors = source.named.tensors
+    if base.record is not None:
+        return base
+
+    def known(stored_module: StoredModule) -> StoredModule:
+        module = modules[key_of(stored_module.module)]
+        kinds = ["weight", *(["scale"] if module.has_scale else [])]
+        if stored_module.module.part != BACKBONE or not all(
+            module.weight_name(e) in tensors for e in range(module.experts or 1)
+        ):
+            return stored_module
+        names = tuple(n for kind in kinds for n in plans.operand(module, kind, source.named)[1])
+        dtype = tensors[module.weight_name()].dtype
+        parts = tuple(dataclasses.replace(p, sources=names, source_dtype=dtype) for p in stored_module.parts)
+        return dataclasses.replace(stored_module, parts=parts)
+
+    return dataclasses.replace(base, modules=tuple(known(m) for m in base.modules))
 
 
 def _rounding(base: Stored) -> str:

@@ -230,7 +230,7 @@ def lay_out(
 def step_of(named: Named, options: Options, item: Item, outputs: tuple[Output, ...]) -> Step:
     """Return the step that makes `outputs` of an item from the source's tensors."""
     module, part = item.module, item.part
-    picked = [_operand(module, kind, named) for kind in part.operands]
+    picked = [operand(module, kind, named) for kind in part.operands]
     params = dict(part.params)
     if "codec" in params:
         params["rounding"] = options.rounding
@@ -257,7 +257,7 @@ def step_of(named: Named, options: Options, item: Item, outputs: tuple[Output, .
     )
 
 
-def _operand(module: Module, kind: str, named: Named) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:
+def operand(module: Module, kind: str, named: Named) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:
     """Return (byte ranges, official names, shape of one slice) of a module's weights or scales."""
     is_weight = kind == "weight"
     shape = module.weight_spec()[0] if is_weight else module.scale_shape()
