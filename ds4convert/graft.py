@@ -117,6 +117,12 @@ def _check_configs(base: Stored, inventory: Inventory) -> list[str]:
             f"{base.path}: is not of the same model as the source: {'; '.join(wrong)}. Name the source that it was "
             "converted from"
         )
+    hint = ours.head_hint
+    if hint not in {"none", inventory.head_kind}:
+        raise ConfigError(
+            f"{base.path}: config.json describes a {ours.family.heads[hint].title}, the source has a "
+            f"{theirs.family.heads[inventory.head_kind].title}; name the source that the folder was converted from"
+        )
     skipped = {*plans.SOURCE_ONLY_KEYS, keys["stages"], keys["ratios"], *_HOST_KEYS}
     shared = (ours.raw.keys() & theirs.raw.keys()) - skipped
     other = sorted(k for k in shared if ours.raw[k] != theirs.raw[k])

@@ -113,6 +113,14 @@ def _call_off(folder: Path, disk: Disk) -> bool:
     return True
 
 
+def _state(folder: Path) -> Path:
+    """Return the state folder. Raises `OutputError` where it is a link."""
+    state = folder / STATE_FOLDER
+    if state.is_symlink():
+        raise OutputError(f"{state}: is a link; remove it")
+    return state
+
+
 def _small_files(made: Assembly) -> dict[str, bytes]:
     """Return the small files that the folder has now and that a change may replace or remove."""
     base = made.base
@@ -162,13 +170,15 @@ def _restore(folder: Path, disk: Disk) -> Changed:
         old[name] = read_small(folder, f"{UNDO_FOLDER}/files/{name}")
         if hashlib.sha256(old[name]).hexdigest() != table["sha256"].get(name):
             raise InputError(f"{UNDO_FOLDER}/files/{name}: altered since it was written; the head cannot be taken out")
-    state = folder / STATE_FOLDER
+    state = _state(folder)
+    for name in (*names, *gone):
+        _inside(folder, name)
     with disk_errors("writing", state):
         disk.make_folder(state)
         lock = journal.Lock(state)
         try:
             for name, data in old.items():
-                path = state / NEW_FOLDER / name
+                path = _inside(folder, f"{STATE_FOLDER}/{NEW_FOLDER}/{name}")
                 disk.make_folder(path.parent)
                 disk.write_file(path, data)
             folders = sorted({n.partition("/")[0] for n in gone if "/" in n} - {n.partition("/")[0] for n in names})
@@ -192,6 +202,16 @@ def _names(values: list[object], where: str) -> list[str]:
     return [str(v) for v in values]
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """Return the place of a file in the folder. Raises `OutputError` where a link on the way leads elsewhere."""
+    at = folder
+    for part in PurePosixPath(name).parts[:-1]:
+        at /= part
+        if at.is_symlink():
+            raise OutputError(f"{at}: is a link, expected a folder; remove it")
+    return folder / name
+
+
 def _in_order(names: list[str]) -> list[str]:
     """Return the names in the order in which they are moved in: tensors, then indexes, configs last."""
     rank = {INDEX_NAME: 2, CONFIG_NAME: 3}
@@ -205,9 +225,9 @@ def _change(
 ) -> Changed:  # fmt: skip
     """Make the new files aside, then move them in."""
     folder = made.base.path
-    state = folder / STATE_FOLDER
-    if state.is_symlink():
-        raise OutputError(f"{state}: is a link; remove it")
+    state = _state(folder)
+    for name in (*undo, *(f.name for f in made.work.files), *made.account.texts, *removed):
+        _inside(folder, name)
     with disk_errors("writing", folder):
         disk.make_folder(state)
         lock = journal.Lock(state)
@@ -267,11 +287,13 @@ def _commit(folder: Path, disk: Disk) -> JSON:
             disk.remove(folder / MANIFEST_NAME)
             disk.sync_folder(folder)
         for name in place:
-            if (new / name).exists():
-                disk.make_folder((folder / name).parent)
-                disk.rename(new / name, folder / name)
+            source = _inside(folder, f"{STATE_FOLDER}/{NEW_FOLDER}/{name}")
+            if source.exists():
+                target = _inside(folder, name)
+                disk.make_folder(target.parent)
+                disk.rename(source, target)
         for name in remove:
-            disk.remove(folder / name)
+            disk.remove(_inside(folder, name))
         disk.sync_folder(folder)
         if account.exists():
             disk.rename(account, folder / MANIFEST_NAME)

@@ -139,3 +139,23 @@ def _well_formed(table: JSON) -> bool:
     known = isinstance(headers, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in headers)
     files = all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in table["files"])
     return told and sources and parts and known and files
+
+
+def check_facts(table: JSON) -> None:
+    """Raise `InputError` unless the parts that another folder's account is made from have the right types, too."""
+    tensors, files = table["tensors"], table["files"]
+    told: list[Any] = [table.get(k, []) for k in ("left_out", "files_left_out")]
+    values: list[tuple[Any, Any]] = [(x, list) for x in told]
+    values += [(x, dict) for t in told if isinstance(t, list) for x in t]
+    values += [(v, str) for x, kind in values if kind is dict and isinstance(x, dict) for v in x.values()]
+    values += [(r.get(k, t()), t) for r in tensors for k, t in _FACTS.items()]
+    values += [(p, int | str) for r in tensors if isinstance(v := r.get("params"), dict) for p in v.values()]
+    values += [(r.get("xxh3_128"), str | None) for r in tensors]
+    values += [(f.get("sha256"), str | None) for f in files]
+    heads = table.get("source", {}).get("files", [])
+    values += [(f.get(k, t()), t) for f in [*files, *heads] for k, t in (("bytes", int), ("header_sha256", str))]
+    if not all(isinstance(v, kind) for v, kind in values):
+        raise InputError(f"{MANIFEST_NAME}: not a manifest that this version of ds4convert reads")
+
+
+_FACTS: Mapping[str, type] = {"transform": str, "params": dict, "source_dtype": str}

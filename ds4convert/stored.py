@@ -187,6 +187,7 @@ def _own_record(path: Path, found: Checkpoint) -> JSON | None:
     record = manifest.read(path)
     if record is None:
         return None
+    manifest.check_facts(record)
     told = {f.get("header_sha256") for f in record["files"]}
     return record if any(f.header_sha256 in told for f in found.files) else None
 
@@ -303,6 +304,8 @@ def small_files(stored: Stored) -> tuple[dict[str, str], dict[str, bytes], tuple
         return dict(side.copies), dict(side.added), tuple(x for x in side.left_out if x.tensor not in ours)
     remade = {"config.json", INDEX_NAME, f"{DRAFTER}/config.json", f"{DRAFTER}/{INDEX_NAME}", *model_files()}
     plain = [f for f in stored.record["files"] if "header_sha256" not in f and f["name"] not in remade]
+    if strange := next((f["name"] for f in plain if f["name"] not in sidefiles.CARRIED), None):
+        raise InputError(f"{manifest.MANIFEST_NAME}: names {show(strange)}, which no converted folder has")
     texts = {f["name"]: checked_small(stored, f["name"]) for f in plain if "bytes" in f}
     return {f["name"]: f["sha256"] for f in plain if "bytes" not in f}, texts, stored.left_out("files_left_out")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ds4convert import convert, graft, inplace
+from ds4convert import convert, graft, inplace, strictjson
 from ds4convert.inference.single_file import single_file_source
 from tests import support
 from tests import support_run as s
@@ -207,6 +207,13 @@ def test_a_head_that_the_layout_does_not_take_is_refused(sources: dict[str, Path
     assert_untouched(tmp_path / "mlx", before, support.run(*words), "dspark", "inline")
 
 
+def test_a_head_of_the_other_kind_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    s.run(sources["dspark"], tmp_path / "mlx", keep_mtp=False)
+    before = s.contents(tmp_path / "mlx")
+    result = support.run("graft", tmp_path / "mlx", "--from", sources["classic"], "--in-place", "--force")
+    assert_untouched(tmp_path / "mlx", before, result, "DSpark", "classic")
+
+
 def retrained(source: Path, out: Path) -> Path:
     """Return a copy of a source whose last router has other values: a model of the same shape, trained otherwise."""
     shutil.copytree(source, out)
@@ -270,6 +277,56 @@ def test_a_forged_commit_moves_and_removes_nothing_outside(base: Path, key: str,
     (folder / STATE / "commit.json").write_text(json.dumps(table))
     support.assert_refused(support.run("graft", "--remove", folder), "no name of a file in the folder")
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("link", [STATE, UNDO, "mtp"])
+def test_links_in_the_folder_lead_nothing_out_of_it(
+    base: Path, sources: dict[str, Path], link: str, tmp_path: Path
+) -> None:
+    folder = foreign(base, tmp_path / "mlx")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / link).symlink_to(outside)
+    words = ("graft", folder, "--from", sources["classic"], "--in-place", "--layout", "universal", "-q")
+    support.assert_refused(support.run(*words), "is a link")
+    assert not [*outside.iterdir()]
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest, and its digest, as one would who knows how."""
+    table = json.loads((folder / MANIFEST).read_text())
+    del table["digest"]
+    change(table)
+    (folder / MANIFEST).write_bytes(strictjson.pretty(table | {"digest": strictjson.digest(table)}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["files"].append({"name": "../mlx/notes.txt", "sha256": "0"}),
+        lambda m: m["files"].append({"name": "/etc/passwd", "sha256": "0", "bytes": 1}),
+        lambda m: m["files"].append({"name": "README.md", "sha256": 5}),
+        lambda m: m["tensors"][0].update(transform=["copy"]),
+        lambda m: m["tensors"][0].update(params={"rows": []}),
+        lambda m: m["tensors"][0].update(xxh3_128=7),
+        lambda m: m["tensors"][0].update(source_dtype=None),
+        lambda m: m["tensors"][0].update(error={"relative_square": "much"}),
+        lambda m: m["left_out"].append({"tensor": "x", "why": 1}),
+        lambda m: m.update(files_left_out="none"),
+        lambda m: m["source"]["files"][0].update(bytes="many"),
+    ],
+)
+@pytest.mark.parametrize("command", ["relayout", "graft"])
+def test_a_forged_manifest_is_refused_and_writes_nothing_elsewhere(
+    base: Path, sources: dict[str, Path], change: Callable[[dict[str, Any]], Any], command: str, tmp_path: Path
+) -> None:
+    folder = s.copied(base, tmp_path / "mlx")
+    (folder / "notes.txt").write_text("mine")
+    forged(folder, change)
+    before = s.contents(tmp_path)
+    rest = {"relayout": ["--layout", "vlm"], "graft": ["--from", sources["classic"], "--out"]}[command]
+    words = [folder, *rest, tmp_path / "out"] if command == "graft" else [folder, tmp_path / "out", *rest]
+    assert_untouched(tmp_path, before, support.run(command, *words, "-q"), MANIFEST)
 
 
 def test_an_altered_undo_record_is_refused(base: Path, sources: dict[str, Path], tmp_path: Path) -> None:
