@@ -87,7 +87,7 @@ def unfinished(source: Path, options: dict[str, Any], tmp_path: Path, monkeypatc
     with pytest.raises(Died):
         s.run(source, out, disk=DiesInSecondFile(), jobs=1, **options)
     lines = [json.loads(x) for x in (out / ".ds4convert" / "journal.jsonl").read_text().splitlines()]
-    recorded = {n for x in lines for n, _ in x.get("steps", [])}
+    recorded = {n for x in lines for n, *_ in x.get("steps", [])}
     made = convert.make_plan(
         convert.open_source(source), plans.Options(recipe_of("native"), layout_of("inline"), **options)
     )
