@@ -97,13 +97,15 @@ def run(
     jobs: int = 2,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda n: None,
+    formats: tuple[str, str, str] | None = None,
     **options: Any,
 ) -> Outcome:
-    """Convert in this process."""
+    """Convert in this process; `formats` are those of backbone, experts, head in place of the recipe's."""
     opened = convert.open_source(source)
     chosen = layout_of(layout)
     model = single_file_source().encode() if chosen.model_file else b""
-    made = convert.make_plan(opened, plans.Options(recipe_of(recipe), chosen, model_source=model, **options))
+    rules = recipe_of(recipe).overridden(*formats) if formats else recipe_of(recipe)
+    made = convert.make_plan(opened, plans.Options(rules, chosen, model_source=model, **options))
     return convert.run(opened, made, out, jobs, overwrite, progress, disk)
 
 

@@ -17,6 +17,7 @@ from tests import support_run as s
 KILLS = 10
 KILL_CONFIG = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 2048}
 SHARD = "25MB"
+ROUNDED = ["--backbone", "affine-4-g64", "--mtp", "mxfp8", "--rounding", "nearest"]
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,12 @@ def writing(command: list[str | Path], out: Path, kill_after: float | None = Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--hash", "--no-hash"])
+@pytest.mark.parametrize("settings", [["--hash"], ["--no-hash"], ["--hash", *ROUNDED], ["--no-hash", *ROUNDED]])
 def test_a_run_killed_at_ten_random_moments_gives_the_folder_of_an_unbroken_run(
-    large: Path, option: str, tmp_path: Path
+    large: Path, settings: list[str], tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = [option, "--max-shard-size", SHARD]
+    options = [*settings, "--max-shard-size", SHARD]
     took, _ = writing(["quantize", large, whole, *options], whole)
     wanted, moments = s.contents(whole), random.Random(3)
     kills = in_the_midst = tries = 0
