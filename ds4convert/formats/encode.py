@@ -1,64 +1,215 @@
-"""TEMPORARY: for development until the kernels land."""
+"""Rows of values into the codes, scales and biases of a codec, and back; what rounding cost, in the same pass.
+
+`nearest` gives the bytes of mx.quantize for the same values in BF16. `optimal` searches scale and bias (or the block
+scale) of least squared error, weighted by the importance of the input columns where given, and keeps the plain
+rounding of every group that it does not better: no group is ever worse.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ds4convert.formats import blocks
+from ds4convert.formats import affine, affine_fp4, blocks, floats
+from ds4convert.formats.arrays import HOST, HOST_TILE, Arrays, arrays
+from ds4convert.formats.blocks import MX_GROUP
+from ds4convert.formats.codecs import Codec
+from ds4convert.formats.packing import pack, unpack
+from ds4convert.formats.scalars import F32, U8, bf16_bits, bf16_values
+
+LEAST_EXPONENT, MOST_EXPONENT = -100, 126
+"""Powers of two that groups are scaled by for a search; a group of smaller values is searched as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Codes, scales, biases and what rounding cost."""
+    """Encoded rows: `weight` uint32 `[rows, words]`; `scales`, `biases` `[rows, groups]` as stored (uint16: BF16 bits).
 
-    weight: Any
-    scales: Any
-    biases: Any
+    `squared` and `norm` are the sums of squared errors and of squared values (unweighted), `max_abs` the largest error.
+    """
+
+    weight: NDArray[np.uint32]
+    scales: NDArray[Any]
+    biases: NDArray[np.uint16] | None
     squared: float
     norm: float
     max_abs: float
 
 
-def encode(values: Any, codec: Any, rounding: str, importance: Any = None) -> Encoded:
-    """Return values in a codec."""
-    import mlx.core as mx
+def encode(values: F32, codec: Codec, rounding: str, importance: F32 | None = None) -> Encoded:
+    """Return `values` `[rows, cols]` in a codec; `rounding` is `nearest` or `optimal`.
 
-    w = mx.array(values).astype(mx.bfloat16)
-    q = mx.quantize(w, group_size=codec.group_size, bits=codec.bits, mode=codec.mode)
-    weight = np.array(q[0])
-    sc = q[1]
-    b = q[2] if len(q) > 2 else None
-    scales = np.array(sc.view(mx.uint16)) if sc.dtype == mx.bfloat16 else np.array(sc)
-    biases = None if b is None else np.array(b.view(mx.uint16))
-    d = decode(codec, weight, scales, biases)
-    e = d.astype(np.float64) - values
-    return Encoded(
-        weight, scales, biases, float((e * e).sum()), float((values.astype(np.float64) ** 2).sum()), float(abs(e).max())
-    )
+    `importance` `[cols]`, none negative, weighs the squared error of each input column. Raises `ValueError` for values
+    that are not finite, and for columns that are no whole groups.
+    """
+    _check(values, codec)
+    if codec.mode != "affine":
+        return _floats(values, codec, rounding, importance)
+    ops = arrays()
 
+    def find(at: slice, x: F32, weight: F32 | None) -> tuple[F32, F32]:
+        return _search(ops, x, weight, codec.bits)
 
-def encode_fp4(codes: Any, scales: Any, codec: Any, rounding: str, importance: Any = None) -> Encoded:
-    """Return FP4 in a codec."""
-    return encode(blocks.decode_fp4(codes, scales), codec, rounding, importance)
+    return _affine(values, codec, find if rounding == "optimal" else None, importance, ops)
 
 
-def decode(codec: Any, weight: Any, scales: Any, biases: Any) -> Any:
-    """Return the values."""
-    import mlx.core as mx
+def encode_fp4(codes: U8, scales: U8, codec: Codec, rounding: str, importance: F32 | None = None) -> Encoded:
+    """Return FP4 in a codec: `codes` uint8 `[rows, cols/2]`, `scales` E8M0 `[rows, cols/32]`; else as `encode`."""
+    values = blocks.decode_fp4(codes, scales)
+    if codec.mode != "affine" or rounding != "optimal" or codec.group_size % MX_GROUP:
+        return encode(values, codec, rounding, importance)
+    _check(values, codec)
+    ops, n = arrays(), codec.group_size
+    single = np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1, n)
+    exponents = scales.reshape(-1, n // MX_GROUP)
 
-    s = mx.array(scales).view(mx.bfloat16).astype(mx.float32) if codec.mode == "affine" else mx.array(scales)
-    b = None if biases is None else mx.array(biases).view(mx.bfloat16).astype(mx.float32)
-    return np.array(
-        mx.dequantize(
-            mx.array(np.ascontiguousarray(weight)),
-            s,
-            b,
-            group_size=codec.group_size,
-            bits=codec.bits,
-            mode=codec.mode,
-            dtype=mx.float32,
-        )
-    )
+    def find(at: slice, x: F32, weight: F32 | None) -> tuple[F32, F32]:
+        counted, power, holds = affine_fp4.histograms(single[at], exponents[at], None if weight is None else weight.T)
+        scale, bias = (ops.get(v) for v in affine_fp4.search(ops, counted, codec.bits))
+        scale, bias = np.ldexp(scale, power), np.ldexp(bias, power)
+        if not holds.all():
+            rest = ~holds
+            other = _search(ops, x[:, rest], None if weight is None else weight[:, rest], codec.bits)
+            scale[rest], bias[rest] = other
+        return scale, bias
+
+    return _affine(values, codec, find, importance, ops)
+
+
+def decode(codec: Codec, weight: NDArray[Any], scales: NDArray[Any], biases: NDArray[Any] | None) -> F32:
+    """Return the float32 values `[rows, cols]` of encoded rows, exactly those of mx.dequantize in float32."""
+    if codec.mode != "affine":
+        return floats.decode(codec, weight, scales)
+    assert biases is not None
+    q = unpack(weight, codec.bits).reshape(weight.shape[0], -1, codec.group_size).astype(np.float32)
+    q *= bf16_values(scales)[..., None]
+    q += bf16_values(biases)[..., None]
+    return q.reshape(weight.shape[0], -1)
+
+
+def _check(values: F32, codec: Codec) -> None:
+    if values.shape[1] % codec.group_size:
+        raise ValueError(f"{codec.name}: expected whole groups of {codec.group_size}, found {values.shape[1]} columns")
+    if not np.isfinite(values.sum(dtype=np.float64)):
+        raise ValueError(f"{codec.name}: expected finite values, found infinity or NaN")
+
+
+Find = Callable[[slice, F32, F32 | None], tuple[F32, F32]]
+"""Returns (scale, bias) for groups: their place among all, values `[n, groups]`, weights `[n, groups]` or None."""
+
+
+@dataclass
+class _Total:
+    squared: float = 0.0
+    norm: float = 0.0
+    max_abs: float = 0.0
+
+    def add(self, values: F32, error: F32) -> None:
+        """Add a tile; float64, as squares of large values leave float32."""
+        worst, most = float(np.abs(error).max()), float(np.abs(values).max())
+        self.max_abs = max(self.max_abs, worst)
+        self.squared += _square(error, worst)
+        self.norm += _square(values, most)
+
+
+def _square(x: F32, most: float) -> float:
+    """Return the sum of squares; in float32 (fast) where no square of a value up to `most` leaves it."""
+    if most == 0 or SAFE[0] < most < SAFE[1]:
+        return float(np.einsum("ij,ij->j", x, x).sum(dtype=np.float64))
+    return float((x.astype(np.float64) ** 2).sum())
+
+
+SAFE = (1e-12, 1e12)
+"""Magnitudes whose squares, and sums of squares, are ordinary float32 numbers."""
+
+
+def _affine(values: F32, codec: Codec, find: Find | None, importance: F32 | None, ops: Arrays) -> Encoded:
+    rows, cols = values.shape
+    n, top = codec.group_size, 2**codec.bits - 1
+    x = np.ascontiguousarray(values, np.float32).reshape(-1, n)
+    kept = np.empty(x.shape, np.uint8)
+    scales, biases = np.empty(len(x), np.uint16), np.empty(len(x), np.uint16)
+    total = _Total()
+    for at in _tiles(len(x), max((HOST_TILE if find is None else ops.tile) // n, 1)):
+        tile = np.ascontiguousarray(x[at].T)
+        weight = None if importance is None else _weights(importance, n, at)
+        q, scale, bias = affine.plain(tile, top)
+        scale, bias = HOST.bf16(scale), HOST.bf16(bias)
+        error = tile - (q * scale + bias)
+        if find is not None:
+            q, scale, bias, error = _better(tile, weight, top, (q, scale, bias, error), find(at, tile, weight))
+        kept[at] = q.T
+        scales[at], biases[at] = bf16_bits(scale), bf16_bits(bias)
+        total.add(tile, error)
+    words = pack(kept.reshape(rows, cols), codec.bits)
+    shape = (rows, cols // n)
+    return Encoded(words, scales.reshape(shape), biases.reshape(shape), total.squared, total.norm, total.max_abs)
+
+
+Rounded = tuple[F32, F32, F32, F32]
+"""Codes `[n, groups]`, scale and bias `[groups]`, error `[n, groups]`."""
+
+
+def _better(x: F32, weight: F32 | None, top: int, plain: Rounded, found: tuple[F32, F32]) -> Rounded:
+    """Return, group by group, what was found, or plain rounding where that has no larger squared error."""
+    scale, bias = HOST.bf16(found[0]), HOST.bf16(found[1])
+    q = HOST.codes(x, scale, bias, top)
+    error = x - (q * scale + bias)
+    unit = _unit(x)
+    ours, theirs = (_weighed(e, weight, unit) for e in (error, plain[3]))
+    gain = ours < theirs
+    picked = (np.where(gain, new, old) for new, old in zip((q, scale, bias, error), plain, strict=True))
+    return tuple(picked)  # type: ignore[return-value]
+
+
+def _weighed(error: F32, weight: F32 | None, unit: F32 | None) -> F32:
+    if unit is not None:
+        error = error * unit
+    return np.asarray(HOST.dot(error if weight is None else error * weight, error))
+
+
+def _unit(x: F32) -> F32 | None:
+    """Return a power of two per group that brings its largest value to about 1; None where all are near enough."""
+    most = np.abs(x).max(axis=0)
+    if ((most == 0) | ((most > SAFE[0]) & (most < SAFE[1]))).all():
+        return None
+    power = np.clip(np.frexp(most)[1], LEAST_EXPONENT, MOST_EXPONENT)
+    return np.asarray(np.ldexp(np.float32(1), -power), np.float32)
+
+
+def _search(ops: Arrays, x: F32, weight: F32 | None, bits: int) -> tuple[F32, F32]:
+    unit = _unit(x)
+    near = x if unit is None else x * unit
+    scale, bias = affine.search(ops, ops.put(near), None if weight is None else ops.put(weight), bits)
+    scale, bias = ops.get(scale), ops.get(bias)
+    return (scale, bias) if unit is None else (scale / unit, bias / unit)
+
+
+LEAST_WEIGHT = np.float32(1e-4)
+"""Weight of a column that was never active, relative to its group's mean: its values should not be arbitrary."""
+
+
+def _weights(importance: F32, n: int, at: slice) -> F32:
+    """Return the weights `[n, groups]` of some groups, of mean about 1 in each; all alike where none counts."""
+    parts = importance.astype(np.float32).reshape(-1, n)
+    mean = parts.mean(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(mean > 0, parts / mean, np.float32(1))
+    relative = np.maximum(relative, LEAST_WEIGHT)
+    return np.ascontiguousarray(relative[np.arange(at.start, at.stop) % len(parts)].T)
+
+
+def _tiles(count: int, size: int) -> Iterator[slice]:
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
+
+
+def _floats(values: F32, codec: Codec, rounding: str, importance: F32 | None) -> Encoded:
+    weight, scales = floats.encode(values, codec, rounding, importance)
+    total = _Total()
+    total.add(values, values - floats.decode(codec, weight, scales))
+    return Encoded(weight, scales, None, total.squared, total.norm, total.max_abs)

@@ -17,7 +17,7 @@ from tests import support_run as s
 KILLS = 10
 KILL_CONFIG = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 2048}
 SHARD = "25MB"
-ROUNDED = ["--backbone", "affine-4-g64", "--mtp", "mxfp8", "--rounding", "nearest"]
+ROUNDED = ["--backbone", "affine-4-g64", "--mtp", "mxfp8"]
 
 
 @pytest.fixture(scope="module")

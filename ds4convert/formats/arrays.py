@@ -1,0 +1,137 @@
+"""The few array operations of the rounding searches, over numpy or over mlx, so that they are written once.
+
+numpy works in tiles that stay in a core's cache, and on all cores (its operations release the interpreter). Where MLX
+has a GPU, whole chunks go there. Sums differ in their last bits between processors; what is found is measured after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+
+HOST_TILE = 1 << 15
+"""Values that numpy works on at once: 128 kB per temporary, which a core's cache holds."""
+
+DEVICE_TILE = 1 << 22
+"""Values that a GPU works on at once."""
+
+
+class Arrays(Protocol):
+    """Operations on arrays of one library; elementwise, float32, but where it says so."""
+
+    xp: Any
+    """The library: where, maximum, matmul, argmin, take; methods sum, min and max of its arrays."""
+    tile: int
+
+    def put(self, values: np.ndarray) -> Any:
+        """Return a numpy array as one of this library."""
+
+    def get(self, values: Any) -> np.ndarray:
+        """Return an array of this library as numpy's."""
+
+    def codes(self, x: Any, scale: Any, bias: Any, top: int) -> Any:
+        """Return the codes nearest to `x` `[n, groups]` for `scale` and `bias` `[groups]`: whole numbers 0 to `top`."""
+
+    def dot(self, a: Any, b: Any) -> Any:
+        """Return the sums `[groups]` of the products of two `[n, groups]`."""
+
+    def bf16(self, x: Any) -> Any:
+        """Round to BF16, ties to even."""
+
+    def bf16_at(self, x: Any, steps: int) -> Any:
+        """Cut off to BF16 towards zero, then go `steps` representable values away from zero."""
+
+
+class Host:
+    """numpy."""
+
+    xp: Any = np
+    tile = HOST_TILE
+
+    def put(self, values: np.ndarray) -> Any:
+        """Return the array as it is."""
+        return values
+
+    def get(self, values: Any) -> np.ndarray:
+        """Return the array as it is."""
+        return np.asarray(values)
+
+    def codes(self, x: Any, scale: Any, bias: Any, top: int) -> Any:
+        """Return the codes nearest to `x`. In place, and with the bare clip: half the time of the plain spelling."""
+        q = x - bias
+        np.divide(q, scale, out=q)
+        np.rint(q, out=q)
+        return np.clip(q, np.float32(0), np.float32(top), out=q)
+
+    def dot(self, a: Any, b: Any) -> Any:
+        """Return the sums of products, without an array of them."""
+        return np.einsum("ij,ij->j", a, b)
+
+    def bf16(self, x: Any) -> Any:
+        """Round to BF16, ties to even."""
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+    def bf16_at(self, x: Any, steps: int) -> Any:
+        """Cut off to BF16 towards zero, then go `steps` representable values away from zero."""
+        bits = np.ascontiguousarray(x, np.float32).view(np.int32) & np.int32(-0x10000)
+        return (bits + np.int32(steps * 0x10000)).view(np.float32)
+
+
+HOST = Host()
+
+
+class Device:
+    """mlx, on its default device."""
+
+    tile = DEVICE_TILE
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        self.xp: Any = mx
+
+    def put(self, values: np.ndarray) -> Any:
+        """Return a copy in mlx's memory."""
+        return self.xp.array(values)
+
+    def get(self, values: Any) -> np.ndarray:
+        """Return a numpy copy, evaluated."""
+        return np.array(values)
+
+    def codes(self, x: Any, scale: Any, bias: Any, top: int) -> Any:
+        """Return the codes nearest to `x`."""
+        return self.xp.clip(self.xp.round((x - bias) / scale), 0, top)
+
+    def dot(self, a: Any, b: Any) -> Any:
+        """Return the sums of products."""
+        return (a * b).sum(axis=0)
+
+    def bf16(self, x: Any) -> Any:
+        """Round to BF16, ties to even."""
+        return x.astype(self.xp.bfloat16).astype(self.xp.float32)
+
+    def bf16_at(self, x: Any, steps: int) -> Any:
+        """Cut off to BF16 towards zero, then go `steps` representable values away from zero."""
+        bits = x.view(self.xp.int32) & -0x10000
+        return (bits + steps * 0x10000).view(self.xp.float32)
+
+
+@cache
+def _device() -> Arrays | None:
+    import mlx.core as mx
+
+    return Device() if mx.metal.is_available() else None
+
+
+def arrays() -> Arrays:
+    """Return mlx where it has a GPU, else numpy, which is faster on processors and uses all cores."""
+    return _device() or HOST
+
+
+BOTH: Mapping[str, type] = {"numpy": Host, "mlx": Device}
+"""All libraries by name, for tests that want the same result of each."""
