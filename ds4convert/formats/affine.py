@@ -10,7 +10,6 @@ best one until nothing is gained, then the BF16 values around it with new codes 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +79,7 @@ class Search:
         self.total = total
         self.mean = self._sum(x) / total
         self.x = x - self.mean  # centred: less is lost where sums cancel
+        self.room = ops.space(self.x.shape)
         self.first = self._sum(self.x)
         self.second = self._dot(self.x, self.x)
 
@@ -90,7 +90,7 @@ class Search:
         return self.ops.dot(a if self.weight is None else a * self.weight, b)
 
     def _codes(self, scale: Any, bias: Any) -> Any:
-        return self.ops.codes(self.x, scale, bias, self.top)
+        return self.ops.codes(self.x, scale, bias, self.top, self.room)
 
     def fit(self, scale: Any, bias: Any) -> tuple[Any, Any, Any]:
         """Return (error, scale, bias) of the least squares line through the codes that `scale` and `bias` give."""
@@ -107,7 +107,7 @@ class Search:
 
     def error(self, scale: Any, bias: Any) -> Any:
         """Return the error `[groups]` of scale and bias as they are, with the nearest codes."""
-        rest = self.x - bias - self._codes(scale, bias) * scale
+        rest = self.ops.rest(self.x, scale, bias, self.top, self.room)
         return self._dot(rest, rest)
 
     def from_starts(self, starts: Iterable[tuple[float, float]]) -> Found:
@@ -154,45 +154,55 @@ class Search:
         assert best is not None
         return best
 
-    def covering(self, scales: Iterable[int], biases: Iterable[int]) -> Found:
-        """Return the best of the BF16 scales around the one that spans the whole range, the slack on both sides."""
+    def covering(self, steps: Iterable[tuple[int, int]]) -> Found:
+        """Return the best of some BF16 scales near the one that spans the range, the slack on both sides.
+
+        `steps` are (steps of the scale from that one, steps of the bias), both first cut off towards zero.
+        """
         ops, best = self.ops, None
         low, high = self.x.min(axis=0), self.x.max(axis=0)
         least = self.xp.maximum((high - low) / self.top, TINY)
-        for up in scales:
+        for up, shift in steps:
             scale = ops.bf16_at(least, up)
-            wanted = low + self.mean - (self.top * scale - (high - low)) * 0.5
-            for shift in biases:
-                offset = ops.bf16_at(wanted, shift)
-                error = self.error(scale, offset - self.mean)
-                if best is None:
-                    best = Found(error, scale, offset)
-                else:
-                    best.better(error, scale, offset, self.xp)
+            offset = ops.bf16_at(low + self.mean - (self.top * scale - (high - low)) * 0.5, shift)
+            error = self.error(scale, offset - self.mean)
+            if best is None:
+                best = Found(error, scale, offset)
+            else:
+                best.better(error, scale, offset, self.xp)
         assert best is not None
         return best
 
 
-WIDEST_CUT = {2: 0.30, 3: 0.20, 4: 0.12, 5: 0.08, 6: 0.05, 8: 0.02}
-"""The part of a group's range that may be cut at one end, by bits: with more codes cutting pays less."""
+STARTS: dict[int, tuple[tuple[float, float], ...]] = {
+    2: ((0.18, 0.18), (0.24, 0.12), (0.12, 0.24), (0.12, 0.18), (0.18, 0.12), (0.27, 0.09), (0.09, 0.27),
+        (0.24, 0.18), (0.18, 0.24), (0.12, 0.12), (0.18, 0.06), (0.33, 0.09)),
+    3: ((0.08, 0.08), (0.1, 0.02), (0.04, 0.1), (0.08, 0.04), (0.04, 0.06), (0.02, 0.12), (0.12, 0.06),
+        (0.06, 0.04), (0.06, 0.1), (0.0, 0.08), (0.12, 0.0), (0.1, 0.08)),
+    4: ((0.024, 0.024), (0.0, 0.036), (0.036, 0.0), (0.012, 0.0), (0.012, 0.024), (0.0, 0.048), (0.048, 0.024),
+        (0.036, -0.012), (0.024, 0.048), (0.012, -0.06), (-0.012, 0.012), (0.024, 0.0)),
+    5: ((0.008, 0.008), (0.016, -0.008), (0.0, 0.016), (0.008, 0.0), (0.008, -0.032), (-0.008, 0.0),
+        (0.0, -0.024), (0.016, 0.0), (-0.008, 0.016), (0.008, 0.016), (0.0, -0.008), (-0.032, -0.032)),
+    6: ((0.0, 0.0), (-0.015, 0.0), (0.005, -0.005), (0.0, 0.005), (-0.015, -0.015), (0.005, 0.0),
+        (-0.005, 0.005), (-0.005, -0.015), (-0.015, -0.005), (-0.015, -0.02), (-0.02, -0.015), (0.005, 0.005)),
+    8: ((0.0, 0.0), (0.004, 0.004)),
+}  # fmt: skip
+"""The cuts that ranges start from, by bits: chosen by tools/choose_starts.py, the most useful first."""
 
-
-def starts(bits: int, each: int = 5) -> list[tuple[float, float]]:
-    """Return the starting cuts: a square grid, from ranges a little too wide (more bits) to ranges cut on both sides."""
-    cut = WIDEST_CUT[bits]
-    ends = np.linspace(0 if bits <= 3 else -0.3 * cut, cut, each)
-    return [(float(a), float(b)) for a, b in itertools.product(ends, ends)]
+COVERING = (
+    (1, 0), (2, -1), (1, 1), (3, -2), (2, 0), (0, 1), (3, 1), (4, -2), (3, -1), (4, 1), (5, 0), (2, 1), (2, 2),
+    (5, 1), (6, 2), (7, 1),
+)  # fmt: skip
+"""Steps around the covering range that are tried with 8 bits: chosen by tools/choose_starts.py."""
 
 
 def search(ops: Arrays, x: Any, weight: Any, bits: int) -> tuple[Any, Any]:
     """Return (scale, bias) `[groups]`, BF16 values in float32, of nearly the least squared error for `x`."""
     look = Search(ops, x, weight, bits)
-    best: Found | None = None
-    if bits == 8:
-        # So many codes that how the ends fall on BF16 matters more than what a line fits.
-        best = look.covering(range(-1, 5), (-1, 0, 1, 2))
-    found = look.from_starts(starts(bits) if bits < 8 else starts(bits, 2))
-    look.refit(found)
+    # With 8 bits, how the ends fall on BF16 matters more than what a line fits.
+    best = look.covering(COVERING) if bits == 8 else None
+    found = look.from_starts(STARTS[bits])
+    look.refit(found, 3)
     best = look.stored(found.scale, found.bias, best, (0, 1), (0, 1))
     best = look.stored(best.scale, best.bias - look.mean, best, (-1, 0, 1), (0, 1))
     return best.scale, best.bias

@@ -23,20 +23,23 @@ from ds4convert.formats.blocks import MX_GROUP
 from ds4convert.formats.scalars import F32, U8, bf16_bits, bf16_values, fp4_values
 
 HALVINGS = 4
-"""How many block scales a group may have, each half of the one before; groups with others are searched value by value."""
+"""How many block scales a group may have, each half of the one before; other groups are searched value by value."""
 
 CODES = 16
 E8M0_BIAS = 127
 EDGE = 6.0
 """The largest FP4 value."""
 
+PAYS = {4: 1, 5: HALVINGS, 6: HALVINGS, 8: HALVINGS}
+"""Most blocks in a group for which the table finds more than the search value by value, by bits."""
+
 REFINED = 4
 """Up to these bits the best pair of the table is fitted further; above, the table holds what can be had."""
 
-WIDTHS = {2: (4.0, 13.0), 3: (5.0, 13.0), 4: (6.0, 14.0), 5: (7.0, 16.0), 6: (7.0, 16.0), 8: (7.0, 32.0)}
+WIDTHS = {4: (6.0, 14.0), 5: (7.0, 16.0), 6: (7.0, 16.0), 8: (7.0, 32.0)}
 """Least and largest range of a pair, from code 0 to the last, by bits."""
 
-GRID = {2: (16, 8), 3: (16, 4), 4: (32, 4), 5: (16, 4), 6: (16, 2), 8: (4, 1)}
+GRID = {4: (32, 4), 5: (16, 4), 6: (16, 2), 8: (4, 1)}
 """Scales per power of two, and biases per scale, that the table tries, by bits."""
 
 
@@ -77,7 +80,7 @@ def histograms(codes: U8, scales: U8, weight: F32 | None) -> tuple[F32, NDArray[
     `codes` `[groups, n]` one FP4 code each, `scales` E8M0 `[groups, n/32]`, `weight` `[groups, n]`. A group whose block
     scales lie further apart than a histogram reaches does not hold.
     """
-    groups, n = codes.shape
+    groups = codes.shape[0]
     exponents = scales.astype(np.int32) - E8M0_BIAS
     largest = exponents.max(axis=1)
     behind = largest[:, None] - exponents
@@ -100,6 +103,6 @@ def search(ops: Arrays, counted: F32, bits: int) -> tuple[Any, Any]:
         return scale, bias
     look = Search(ops, ops.put(values())[:, None], counts.T, bits)
     found = Found(*look.fit(scale, bias - look.mean))
-    look.refit(found)
+    look.refit(found, 2)
     stored = look.stored(found.scale, found.bias, Found(error, scale, bias), (0, 1), (0, 1))
     return stored.scale, stored.bias

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ds4convert.formats import affine, affine_fp4, blocks, floats
-from ds4convert.formats.arrays import HOST, HOST_TILE, Arrays, arrays
+from ds4convert.formats.arrays import HOST, Arrays, arrays
 from ds4convert.formats.blocks import MX_GROUP
 from ds4convert.formats.codecs import Codec
 from ds4convert.formats.packing import pack, unpack
@@ -47,20 +48,15 @@ def encode(values: F32, codec: Codec, rounding: str, importance: F32 | None = No
     that are not finite, and for columns that are no whole groups.
     """
     _check(values, codec)
-    if codec.mode != "affine":
-        return _floats(values, codec, rounding, importance)
-    ops = arrays()
-
-    def find(at: slice, x: F32, weight: F32 | None) -> tuple[F32, F32]:
-        return _search(ops, x, weight, codec.bits)
-
-    return _affine(values, codec, find if rounding == "optimal" else None, importance, ops)
+    find = _finder(codec) if codec.mode == "affine" and rounding == "optimal" else None
+    return _grouped(values, codec, _rounder(codec, rounding, find), importance)
 
 
 def encode_fp4(codes: U8, scales: U8, codec: Codec, rounding: str, importance: F32 | None = None) -> Encoded:
     """Return FP4 in a codec: `codes` uint8 `[rows, cols/2]`, `scales` E8M0 `[rows, cols/32]`; else as `encode`."""
     values = blocks.decode_fp4(codes, scales)
-    if codec.mode != "affine" or rounding != "optimal" or codec.group_size % MX_GROUP:
+    pays = codec.mode == "affine" and affine_fp4.PAYS.get(codec.bits, 0) >= codec.group_size // MX_GROUP
+    if rounding != "optimal" or not pays:
         return encode(values, codec, rounding, importance)
     _check(values, codec)
     ops, n = arrays(), codec.group_size
@@ -77,7 +73,7 @@ def encode_fp4(codes: U8, scales: U8, codec: Codec, rounding: str, importance: F
             scale[rest], bias[rest] = other
         return scale, bias
 
-    return _affine(values, codec, find, importance, ops)
+    return _grouped(values, codec, _rounder(codec, rounding, find), importance)
 
 
 def decode(codec: Codec, weight: NDArray[Any], scales: NDArray[Any], biases: NDArray[Any] | None) -> F32:
@@ -98,8 +94,96 @@ def _check(values: F32, codec: Codec) -> None:
         raise ValueError(f"{codec.name}: expected finite values, found infinity or NaN")
 
 
-Find = Callable[[slice, F32, F32 | None], tuple[F32, F32]]
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Groups `[n, groups]` rounded: codes, scales and biases `[groups]` as stored, errors `[n, groups]`."""
+
+    codes: NDArray[Any]
+    scales: NDArray[Any]
+    biases: NDArray[np.uint16] | None
+    error: F32
+
+    def or_better(self, other: Rounded, weight: F32 | None, unit: F32 | None) -> Rounded:
+        """Return, group by group, the other where its squared error is smaller."""
+        gain = _weighed(other.error, weight, unit) < _weighed(self.error, weight, unit)
+        biases = None
+        if self.biases is not None and other.biases is not None:
+            biases = np.where(gain, other.biases, self.biases)
+        return Rounded(
+            np.where(gain, other.codes, self.codes),
+            np.where(gain, other.scales, self.scales),
+            biases,
+            np.where(gain, other.error, self.error),
+        )
+
+
+Find = Callable[[slice, F32, "F32 | None"], tuple[F32, F32]]
 """Returns (scale, bias) for groups: their place among all, values `[n, groups]`, weights `[n, groups]` or None."""
+
+Round = Callable[[slice, F32, "F32 | None"], Rounded]
+"""Returns groups rounded, given the same."""
+
+
+def _rounder(codec: Codec, rounding: str, find: Find | None) -> Round:
+    if codec.mode == "affine":
+        return partial(_affine, 2**codec.bits - 1, find)
+    return partial(_floats, codec, rounding == "optimal")
+
+
+def _affine(top: int, find: Find | None, at: slice, x: F32, weight: F32 | None) -> Rounded:
+    q, scale, bias = affine.plain(x, top)
+    scale, bias = HOST.bf16(scale), HOST.bf16(bias)
+    first = Rounded(q, bf16_bits(scale), bf16_bits(bias), x - (q * scale + bias))
+    if find is None:
+        return first
+    scale, bias = (HOST.bf16(v) for v in find(at, x, weight))
+    q = HOST.codes(x, scale, bias, top)
+    found = Rounded(q, bf16_bits(scale), bf16_bits(bias), x - (q * scale + bias))
+    return first.or_better(found, weight, _unit(x))
+
+
+def _floats(codec: Codec, optimal: bool, at: slice, x: F32, weight: F32 | None) -> Rounded:
+    codes, scales, error = floats.plain(x, codec)
+    best = Rounded(codes, scales, None, error)
+    if optimal:
+        unit = _unit(x)
+        for codes, scale, error in floats.others(x, codec, scales):
+            best = best.or_better(Rounded(codes, scale, None, error), weight, unit)
+    return best
+
+
+def _finder(codec: Codec) -> Find:
+    ops = arrays()
+
+    def find(at: slice, x: F32, weight: F32 | None) -> tuple[F32, F32]:
+        return _search(ops, x, weight, codec.bits)
+
+    return find
+
+
+def _grouped(values: F32, codec: Codec, rounder: Round, importance: F32 | None) -> Encoded:
+    (rows, cols), n = values.shape, codec.group_size
+    x = np.ascontiguousarray(values, np.float32).reshape(-1, n)
+    codes = np.empty(x.shape, np.uint8)
+    scales = np.empty(len(x), np.uint16 if codec.scale_dtype == "BF16" else np.uint8)
+    biases = np.empty(len(x), np.uint16) if codec.has_biases else None
+    total = _Total()
+    for at in _tiles(len(x), max(arrays().tile // n, 1)):
+        tile = np.ascontiguousarray(x[at].T)
+        found = rounder(at, tile, None if importance is None else _weights(importance, n, at))
+        codes[at], scales[at] = found.codes.T, found.scales
+        if biases is not None and found.biases is not None:
+            biases[at] = found.biases
+        total.add(tile, found.error)
+    shape = (rows, cols // n)
+    return Encoded(
+        pack(codes.reshape(rows, cols), codec.bits),
+        scales.reshape(shape),
+        None if biases is None else biases.reshape(shape),
+        total.squared,
+        total.norm,
+        total.max_abs,
+    )
 
 
 @dataclass
@@ -127,45 +211,6 @@ SAFE = (1e-12, 1e12)
 """Magnitudes whose squares, and sums of squares, are ordinary float32 numbers."""
 
 
-def _affine(values: F32, codec: Codec, find: Find | None, importance: F32 | None, ops: Arrays) -> Encoded:
-    rows, cols = values.shape
-    n, top = codec.group_size, 2**codec.bits - 1
-    x = np.ascontiguousarray(values, np.float32).reshape(-1, n)
-    kept = np.empty(x.shape, np.uint8)
-    scales, biases = np.empty(len(x), np.uint16), np.empty(len(x), np.uint16)
-    total = _Total()
-    for at in _tiles(len(x), max((HOST_TILE if find is None else ops.tile) // n, 1)):
-        tile = np.ascontiguousarray(x[at].T)
-        weight = None if importance is None else _weights(importance, n, at)
-        q, scale, bias = affine.plain(tile, top)
-        scale, bias = HOST.bf16(scale), HOST.bf16(bias)
-        error = tile - (q * scale + bias)
-        if find is not None:
-            q, scale, bias, error = _better(tile, weight, top, (q, scale, bias, error), find(at, tile, weight))
-        kept[at] = q.T
-        scales[at], biases[at] = bf16_bits(scale), bf16_bits(bias)
-        total.add(tile, error)
-    words = pack(kept.reshape(rows, cols), codec.bits)
-    shape = (rows, cols // n)
-    return Encoded(words, scales.reshape(shape), biases.reshape(shape), total.squared, total.norm, total.max_abs)
-
-
-Rounded = tuple[F32, F32, F32, F32]
-"""Codes `[n, groups]`, scale and bias `[groups]`, error `[n, groups]`."""
-
-
-def _better(x: F32, weight: F32 | None, top: int, plain: Rounded, found: tuple[F32, F32]) -> Rounded:
-    """Return, group by group, what was found, or plain rounding where that has no larger squared error."""
-    scale, bias = HOST.bf16(found[0]), HOST.bf16(found[1])
-    q = HOST.codes(x, scale, bias, top)
-    error = x - (q * scale + bias)
-    unit = _unit(x)
-    ours, theirs = (_weighed(e, weight, unit) for e in (error, plain[3]))
-    gain = ours < theirs
-    picked = (np.where(gain, new, old) for new, old in zip((q, scale, bias, error), plain, strict=True))
-    return tuple(picked)  # type: ignore[return-value]
-
-
 def _weighed(error: F32, weight: F32 | None, unit: F32 | None) -> F32:
     if unit is not None:
         error = error * unit
@@ -186,7 +231,9 @@ def _search(ops: Arrays, x: F32, weight: F32 | None, bits: int) -> tuple[F32, F3
     near = x if unit is None else x * unit
     scale, bias = affine.search(ops, ops.put(near), None if weight is None else ops.put(weight), bits)
     scale, bias = ops.get(scale), ops.get(bias)
-    return (scale, bias) if unit is None else (scale / unit, bias / unit)
+    if unit is None:
+        return scale, bias
+    return np.asarray(scale / unit, np.float32), np.asarray(bias / unit, np.float32)
 
 
 LEAST_WEIGHT = np.float32(1e-4)
@@ -206,10 +253,3 @@ def _weights(importance: F32, n: int, at: slice) -> F32:
 def _tiles(count: int, size: int) -> Iterator[slice]:
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
-
-
-def _floats(values: F32, codec: Codec, rounding: str, importance: F32 | None) -> Encoded:
-    weight, scales = floats.encode(values, codec, rounding, importance)
-    total = _Total()
-    total.add(values, values - floats.decode(codec, weight, scales))
-    return Encoded(weight, scales, None, total.squared, total.norm, total.max_abs)
