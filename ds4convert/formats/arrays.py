@@ -72,7 +72,8 @@ class Host:
     def codes(self, x: Any, scale: Any, bias: Any, top: int, room: Any = None) -> Any:
         """Return the codes nearest to `x`."""
         q = np.subtract(x, bias, out=None if room is None else room[0])
-        np.divide(q, scale, out=q)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a scale too small for BF16 is 0: never the better one
+            np.divide(q, scale, out=q)
         np.rint(q, out=q)
         return np.clip(q, np.float32(0), np.float32(top), out=q)
 

@@ -4,7 +4,7 @@ A group of n values is stored as codes and one scale. Arrays lie as `[n, groups]
 does on a processor: the scale is the largest magnitude over the largest code's value, up to the next power of two
 (nvfp4: to the nearest E4M3); ties of E2M1 go towards zero and there is no -0, ties of E4M3 go to even. One difference:
 mx.quantize wraps round where a block scale would be below 2^-127 and makes values of 1e38 of it; here such a scale is
-2^-127, or with nvfp4, whose least scale is zero, the values are zero as there.
+2^-127. And values beyond nvfp4's largest scale, which MLX makes 0, become its largest value.
 """
 
 from __future__ import annotations
