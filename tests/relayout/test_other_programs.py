@@ -171,14 +171,29 @@ def test_a_name_in_two_spellings_is_refused(home: Path, tmp_path: Path) -> None:
     support.assert_refused(result, "model.norm.weight", "two spellings")
 
 
+def mlx_vlm(*words: str | Path) -> None:
+    """Run one of mlx-vlm's own programs."""
+    env = s.environment() | {"HF_HUB_OFFLINE": "1"}
+    command: list[Any] = [sys.executable, "-m", *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
-def test_what_mlx_vlm_itself_converts_gets_a_head_that_works(tmp_path: Path) -> None:
+def test_what_mlx_vlm_itself_writes_gets_a_head_that_works(tmp_path: Path) -> None:
+    """Its converted folder with a grafted head, and with the drafter that it splits off, are the same tensors."""
     pytest.importorskip("mlx_vlm")
-    demo = s.ROOT / "manifests" / "demo"
+    demo, theirs = s.ROOT / "manifests" / "demo", tmp_path / "theirs"
     s.cli("quantize", demo, tmp_path / "bf16", "--recipe", "bf16", "--drop-mtp", "-q")
-    command: list[Any] = [sys.executable, "-m", "mlx_vlm", "convert", "--hf-path", tmp_path / "bf16"]
-    command += ["--mlx-path", tmp_path / "theirs", "-q", "--q-bits", "8", "--q-group-size", "64"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=s.environment() | {"HF_HUB_OFFLINE": "1"})
-    s.cli("graft", tmp_path / "theirs", "--from", demo, "--out", tmp_path / "out", "-q")
-    facts = json.loads(s.cli("verify", tmp_path / "out", "--mtp", "--max-tokens", "8", "--json").stdout)
+    words = ["-q", "--q-bits", "8", "--q-group-size", "64"]
+    mlx_vlm("mlx_vlm", "convert", "--hf-path", tmp_path / "bf16", "--mlx-path", theirs, *words)
+    mlx_vlm("mlx_vlm.split_mtp", "--model", demo, "--output", tmp_path / "drafter")
+    s.cli("graft", theirs, "--from", demo, "--out", tmp_path / "grafted", "-q")
+    s.cli("relayout", theirs, tmp_path / "joined", "--drafter", tmp_path / "drafter", "--layout", "inline", "-q")
+    assert support.read_folder(tmp_path / "joined") == support.read_folder(tmp_path / "grafted")
+    assert s.wrong(tmp_path / "joined") == []
+    loaded, kind = pytest.importorskip("mlx_vlm.speculative.drafters").load_drafter(str(tmp_path / "grafted"))
+    assert kind == "mtp" and loaded is not None
+    words = ["--mtp", "--max-tokens", "8", "--json"]
+    facts = json.loads(s.cli("verify", tmp_path / "grafted", *words).stdout)
     assert facts["ok"] and facts["mtp"]["acceptance"] > 0.5
