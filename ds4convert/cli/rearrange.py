@@ -52,7 +52,8 @@ def graft(
 
     Family, dims and layers have to agree, and the values of some norms and router tensors where SRC has them: the
     head of another training run would not fit. The result is what `quantize` would have written with the head kept.
-    Run it again after an interruption: it goes on. In place, the folder is the old one or unfinished at any moment.
+    Run it again after an interruption: it goes on. In place, the folder is the old one or unfinished at any moment;
+    names as mlx-vlm writes them cannot stay, so such a folder needs --out.
 
     \b
     Example: ds4convert graft DeepSeek-V4-Flash-4bit --from DeepSeek-V4-Flash --out DeepSeek-V4-Flash-4bit-mtp
