@@ -52,6 +52,8 @@ def conversion_options(f: F) -> F:
         click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
         click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
         click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
+        click.option("--rounding", type=click.Choice(["optimal", "nearest"]), default="optimal", show_default=True,
+                     help="Least squared error, or MLX's plain rounding."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
         click.option("--layout", type=LayoutName(), default="inline", show_default=True),
         click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),

@@ -22,7 +22,7 @@ from ds4convert.files import Disk
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Named, ignored_reason
 from ds4convert.inventory import compare as differences
 from ds4convert.layouts import Layout, key_of
-from ds4convert.recipes import Recipe
+from ds4convert.recipes import HEAD_ROLES, Recipe
 from ds4convert.stored import Stored, StoredModule
 from ds4convert.types import JSON, LeftOut, SourceFile
 
@@ -167,7 +167,8 @@ def _assemble(
     base = _with_sources(base, source)
     formats = base.formats
     head_format = request.mtp or formats.get("mtp", "native")
-    recipe = Recipe("", "", formats.get("backbone", "native"), formats.get("experts", "native"), head_format)
+    roles = {} if request.mtp else {k: v for k, v in formats.items() if k in HEAD_ROLES}
+    recipe = Recipe("", "", {"backbone": formats.get("backbone", "native"), "mtp": head_format, **roles})
     options = plans.Options(recipe, layout, rounding=_rounding(base), hashing=base.hashing)
     encoded = plans.encode(inventory, options)
     places = layout.places(inventory.head_kind, inventory.stages)

@@ -181,6 +181,7 @@ def _hint(findings: Sequence[Finding]) -> str:
 
 def encode(inventory: Inventory, options: Options) -> list[tuple[Module, str, Encoding]]:
     """Return (module, format, what it becomes) for every module, as the recipe says."""
+    options.recipe.check(inventory)
     out = []
     for module in inventory.modules:
         name = options.recipe.format_of(module)
