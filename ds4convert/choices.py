@@ -90,6 +90,35 @@ def generation_options(f: F) -> F:
     return f
 
 
+def serve_options(f: F) -> F:
+    """Add the options of `serve`."""
+    options = [
+        click.option("--mtp", is_flag=True, help="Decode with the MTP head. [default: without]"),
+        click.option("--draft-depth", type=click.IntRange(1, 8), default=1, show_default=True, help="Drafts per pass."),
+        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at."),
+        click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one."),
+        click.option("--api-key", envvar="DS4CONVERT_API_KEY", metavar="KEY",
+                     help="Clients have to send it. [env: DS4CONVERT_API_KEY; default: none needed]"),
+        click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True,
+                     help="Most new tokens that a request may ask for."),
+        click.option("--max-body", type=Size(), default="4MiB", show_default=True, help="Largest request."),
+        click.option("--cache-size", type=click.IntRange(1), default=10, show_default=True,
+                     help="Texts whose state is kept for prompts that begin alike."),
+        click.option("--drain-seconds", type=click.IntRange(0), default=30, show_default=True,
+                     help="Time that running requests have after SIGTERM."),
+        click.option("--temp", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+                     help="Temperature of requests that name none; 0 is greedy."),
+        click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Likewise."),
+        click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Likewise."),
+        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Likewise."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
+                     help="Precision of the computation."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
 def verify_options(f: F) -> F:
     """Add the options of `verify`."""
     options = [

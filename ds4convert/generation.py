@@ -98,7 +98,7 @@ def prepare(folder: Path, request: Request, warn: Warn) -> Generation:
     """
     from ds4convert.inference import load
 
-    record = _manifest(folder)
+    record = finished(folder)
     config = load.read_config(folder)
     args = load.read_args(config, str(folder))
     stops = stop_tokens(folder, config)
@@ -107,7 +107,7 @@ def prepare(folder: Path, request: Request, warn: Warn) -> Generation:
     ids = _encoded(tokenizer, text, args) if text is not None else list(request.prompt_ids or ())
     _check_ids(ids, args)
     request = replace(request, max_tokens=min(request.max_tokens, args.max_position_embeddings - len(ids) + 1))
-    _check_memory(folder, len(ids) + request.max_tokens, request.dtype, warn)
+    check_memory(folder, len(ids) + request.max_tokens, request.dtype, warn)
     model, _ = load.load_model(folder, dtype=request.dtype)
     reason = None if model.head.present else why_no_head(folder, model, record)
     if request.mtp and reason:
@@ -115,7 +115,7 @@ def prepare(folder: Path, request: Request, warn: Warn) -> Generation:
     return Generation(model, tokenizer, stops, ids, request, reason, text)
 
 
-def _manifest(folder: Path) -> JSON:
+def finished(folder: Path) -> JSON:
     """Return the manifest: a folder without one is no finished conversion."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -209,7 +209,7 @@ def _check_ids(ids: list[int], args: ModelArgs) -> None:
         )
 
 
-def _check_memory(folder: Path, context: int, dtype: str, warn: Warn) -> None:
+def check_memory(folder: Path, context: int, dtype: str, warn: Warn) -> None:
     """Warn when the model will not fit in memory. Raises `HeaderError` on a file that cannot be read."""
     from ds4convert.inference import load
 

@@ -209,10 +209,14 @@ class HeadCache(LayerCache):
     pending: mx.array | None = None
 
     def trim(self, count: int) -> int:
-        """Take back the last `count` tokens exactly; waiting hidden states are dropped."""
+        """Take back the last `count` tokens exactly; waiting hidden states are dropped.
+
+        The head covers one token less than the backbone, so that taking back all that the backbone has leaves none.
+        """
         if count:
             self.pending = None
-        return super().trim(count)
+        super().trim(min(count, self.offset))
+        return count
 
     @property
     def state(self) -> list[Any]:
