@@ -241,7 +241,9 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(folder: Path, tmp_path:
 
 
 def test_other_hosts_are_warned_of_and_bad_places_refused(folder: Path, tmp_path: Path) -> None:
-    server = Running(folder, tmp_path / "log", "--host", "0.0.0.0")
+    server = Running(folder, tmp_path / "log", "--host", "0.0.0.0", "--json")
+    facts = {"url": f"http://0.0.0.0:{server.port}", "model": "demo-mlx", "mtp_active": False}
+    assert json.dumps(facts) in server.log.splitlines(), "one JSON document on standard output"
     assert "other machines can reach this server" in server.log and "--api-key" in server.log
     taken = support.run_process("serve", folder, "--port", server.port)
     assert server.end() == 0
