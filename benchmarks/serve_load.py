@@ -1,0 +1,124 @@
+"""Many clients at once against `ds4convert serve`, a quarter of them leaving in the middle of a stream.
+
+    ds4convert serve MLX_DIR --mtp --port 8080 &
+    python benchmarks/serve_load.py --port 8080 --pid $! --clients 64 --seconds 60
+
+Prints one JSON document: what the clients saw, what /metrics counted, and resident memory after warm-up and at the
+end (Linux only). Exits 1 if a client saw an error, if a request is missing in /metrics, or if memory grew by over 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+WARM_UP_SECONDS = 0.25  # share of the time
+TOKENS = 12
+
+
+class Load:
+    """One run; `seen` counts how requests ended, as the clients saw it."""
+
+    def __init__(self, port: int, clients: int, seconds: float, pid: int | None) -> None:
+        self.port, self.clients, self.seconds, self.pid = port, clients, seconds, pid
+        self.seen: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.until = 0.0
+
+    def run(self) -> dict[str, Any]:
+        before = self.metrics()
+        self.until = time.monotonic() + self.seconds
+        threads = [threading.Thread(target=self._client, args=(n,)) for n in range(self.clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(self.seconds * WARM_UP_SECONDS)
+        warm = self.resident()
+        for thread in threads:
+            thread.join()
+        while self.metrics()["queue_running"] or self.metrics()["queue_waiting"]:
+            time.sleep(0.1)
+        end, after = self.resident(), self.metrics()
+        counted = {name: after[name] - before.get(name, 0) for name in after if name.startswith("requests_total")}
+        answered = sum(n for name, n in counted.items() if "completions" in name and 'status="200"' in name)
+        left = sum(n for name, n in counted.items() if "completions" in name and 'status="499"' in name)
+        return {
+            "clients": self.clients, "seconds": self.seconds, "seen": dict(self.seen),
+            "counted": {"200": answered, "499": left},
+            "errors": sum(n for name, n in self.seen.items() if name not in ("whole", "left")),
+            "all_counted": answered + left == self.seen["whole"] + self.seen["left"],
+            "acceptance": after["acceptance_ratio"],
+            "tokens": after["generated_tokens_total"] - before["generated_tokens_total"],
+            "resident_after_warm_up": warm, "resident_at_end": end, "growth": round(end / warm - 1, 4) if warm else None,
+        }  # fmt: skip
+
+    def _client(self, number: int) -> None:
+        rng, leaves = random.Random(number), number % 4 == 0
+        while time.monotonic() < self.until:
+            try:
+                outcome = self._request(rng, leaves)
+            except (OSError, HTTPException, ValueError) as e:
+                outcome = f"{type(e).__name__}: {e}"
+            with self.lock:
+                self.seen[outcome] += 1
+
+    def _request(self, rng: random.Random, leaves: bool) -> str:
+        body = {
+            "prompt": f"In the {rng.randrange(40)}th year",
+            "max_tokens": TOKENS,
+            "stream": leaves or rng.random() < 0.5,
+        }
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            if leaves and rng.random() < 0.3:
+                time.sleep(rng.random())
+                return "left"
+            response = connection.getresponse()
+            if response.status != 200:
+                return f"status {response.status}"
+            if leaves:
+                response.read(200)
+                return "left"
+            raw = response.read().decode()
+            return "whole" if raw.rstrip().endswith("[DONE]") or json.loads(raw)["usage"] else "cut short"
+        finally:
+            connection.close()
+
+    def metrics(self) -> dict[str, float]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        finally:
+            connection.close()
+        pairs = (line.removeprefix("ds4convert_").rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    def resident(self) -> int | None:
+        path = Path(f"/proc/{self.pid}/statm")
+        return int(path.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if self.pid and path.exists() else None
+
+
+def is_good(facts: dict[str, Any]) -> bool:
+    return not facts["errors"] and facts["all_counted"] and (facts["growth"] is None or facts["growth"] <= 0.1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--pid", type=int)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    chosen = parser.parse_args()
+    facts = Load(chosen.port, chosen.clients, chosen.seconds, chosen.pid).run()
+    print(json.dumps(facts, indent=2))
+    sys.exit(0 if is_good(facts) else 1)
