@@ -57,7 +57,8 @@ class Load:
             "all_counted": answered + left == self.seen["whole"] + self.seen["left"],
             "acceptance": after["acceptance_ratio"],
             "tokens": after["generated_tokens_total"] - before["generated_tokens_total"],
-            "resident_after_warm_up": warm, "resident_at_end": end, "growth": round(end / warm - 1, 4) if warm else None,
+            "resident_after_warm_up": warm, "resident_at_end": end,
+            "growth": round(end / warm - 1, 4) if warm and end else None,
         }  # fmt: skip
 
     def _client(self, number: int) -> None:
