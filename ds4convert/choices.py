@@ -52,6 +52,9 @@ def conversion_options(f: F) -> F:
         click.option("--backbone", metavar="FORMAT", help="Format of the backbone, its experts included."),
         click.option("--experts", metavar="FORMAT", help="Format of the backbone's routed experts."),
         click.option("--mtp", metavar="FORMAT", help="Format of the MTP head."),
+        click.option("--fit", type=Size(), metavar="SIZE", help="Choose formats so that weights, state of --context "
+                     "tokens and MLX's working set take at most SIZE of memory (a Mac lets MLX have three quarters)."),
+        click.option("--context", type=click.IntRange(1), default=8192, show_default=True, help="Tokens, with --fit."),
         click.option("--rounding", type=click.Choice(["optimal", "nearest"]), default="optimal", show_default=True,
                      help="Least squared error, or MLX's plain rounding."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ds4convert.errors import EnvironmentFault, InputError, OutputError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
 from ds4convert.formats.quantize import Importance, no_importance
+from ds4convert.formats.transforms import Read
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
 from ds4convert.layouts import layouts
@@ -91,6 +93,16 @@ def recognised(checkpoint: Checkpoint) -> Source:
     config = configs.parse_config(need_config(checkpoint))
     named = name_tensors(config.family, checkpoint.tensors())
     return Source(checkpoint, recognise(config, named.tensors), named)
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[Read]:
+    """Yield what reads byte ranges of the source's files."""
+    files = execute.Sources.of(source.checkpoint.path, source.checkpoint.files)
+    try:
+        yield files.read
+    finally:
+        files.close()
 
 
 def make_plan(source: Source, options: plans.Options) -> Plan:
@@ -238,7 +250,8 @@ def _locked(
     importance: Importance, ending: Ending,
 ) -> Outcome:  # fmt: skip
     state = out / STATE_FOLDER
-    sources = execute.Sources(ending.places or [(source.checkpoint.path, s.name) for s in plan.sources], plan)
+    places = ending.places or [(source.checkpoint.path, s.name) for s in plan.sources]
+    sources = execute.Sources(places, plan.sources)
     try:
         with disk_errors("writing", state):
             finished = journal.begin(disk, state, plan, sources.prints)

@@ -18,16 +18,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from ds4convert.errors import EnvironmentFault, HeaderError
 from ds4convert.files import PARTIAL, Disk, disk_errors
 from ds4convert.folder import open_file, resolve_inside
-from ds4convert.formats.quantize import Importance, no_importance, pieces
+from ds4convert.formats.quantize import STORES, Importance, no_importance, pieces
 from ds4convert.formats.transforms import CHUNK_BYTES, Job, Piece
 from ds4convert.journal import Fingerprint, Finished, Journal
-from ds4convert.types import ByteRange, Done, Loss, OutputFile, Plan, Step
+from ds4convert.pool import rounding_pool
+from ds4convert.types import ByteRange, Done, Loss, OutputFile, Plan, SourceFile, Step
 
 BATCH_BYTES = 256 << 20
 """Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
@@ -53,13 +55,18 @@ class Result:
 class Sources:
     """Open source files, read by range. Refuses files that are no longer what the plan saw."""
 
-    def __init__(self, places: Sequence[tuple[Path, str]], plan: Plan) -> None:
-        """Open the source files of `plan`, each at its place: a folder, and its name in it."""
+    @classmethod
+    def of(cls, folder: Path, files: Sequence[SourceFile]) -> Sources:
+        """Open the files of one folder."""
+        return cls([(folder, f.name) for f in files], files)
+
+    def __init__(self, places: Sequence[tuple[Path, str]], files: Sequence[SourceFile]) -> None:
+        """Open source `files`, each at its place: a folder, and its name in it."""
         self.fds: list[int] = []
         self.prints: dict[str, Fingerprint] = {}
-        self._names = [s.name for s in plan.sources]
+        self._names = [s.name for s in files]
         try:
-            for s, (folder, name) in zip(plan.sources, places, strict=True):
+            for s, (folder, name) in zip(files, places, strict=True):
                 fd = open_file(resolve_inside(folder, name), s.name)
                 self.fds.append(fd)
                 status = os.fstat(fd)
@@ -327,11 +334,6 @@ class FileWriter:
         self.sync_failed = False
 
 
-def _drained(waiting: deque[Future[Sequence[Piece]]]) -> Iterator[Piece]:
-    while waiting:
-        yield from waiting.popleft().result()
-
-
 @dataclass
 class Run:
     """One execution of a plan: what all workers share."""
@@ -351,24 +353,30 @@ class Run:
         self.steps_of: list[list[int]] = [[] for _ in self.plan.files]
         for n, step in enumerate(self.plan.steps):
             self.steps_of[step.outputs[0].file].append(n)
-        self.cores = os.cpu_count() or 1
-        self._compute = ThreadPoolExecutor(self.cores, "round")  # its threads start with its first job
+        self._pool = rounding_pool(sum(s.weights for s in self.plan.steps if s.transform in STORES))
 
     def in_order(self, made: Iterable[Piece | Job]) -> Iterator[Piece]:
         """Yield pieces as they come, those of jobs in their turn: the jobs run side by side, a few ahead."""
-        waiting: deque[Future[Sequence[Piece]]] = deque()
+        waiting: deque[tuple[Job, Future[Any]]] = deque()
+
+        def first() -> Sequence[Piece]:
+            job, future = waiting.popleft()
+            return job.finish(future.result())
+
         try:
             for item in made:
                 if isinstance(item, Piece):
-                    yield from _drained(waiting)
+                    while waiting:
+                        yield from first()
                     yield item
                     continue
-                waiting.append(self._compute.submit(item))
-                if len(waiting) > self.cores:
-                    yield from waiting.popleft().result()
-            yield from _drained(waiting)
+                waiting.append((item, self._pool.submit(item.work)))
+                if len(waiting) > self._pool.cores:
+                    yield from first()
+            while waiting:
+                yield from first()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
     def check_stop(self) -> None:
@@ -405,7 +413,7 @@ class Run:
 
     def files(self, jobs: int) -> Result:
         """Write all files with `jobs` workers. The first failure, or an interrupt, stops the others cleanly."""
-        with self._compute, ThreadPoolExecutor(jobs, "convert") as pool:
+        with self._pool, ThreadPoolExecutor(jobs, "convert") as pool:
             waiting = {pool.submit(self._file, n) for n in range(len(self.plan.files))}
             try:
                 while waiting:

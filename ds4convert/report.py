@@ -97,16 +97,44 @@ def plan(facts: JSON) -> str:
         f"{facts['output_shards']} files, {facts['bits_per_weight']:.3f} bits per weight",
         f"disk       {size(facts['free_bytes'])} free{short}",
         f"memory     {size(facts['peak_memory_bytes'])} while converting",
-        f"time       about {duration(facts['seconds_estimate'])} at the speed of an ordinary disk (350 MB/s)",
+        f"time       about {duration(facts['seconds_estimate'])} (disk: 350 MB/s; rounding: as in a trial now)",
         f"weights fit in the memory of a Mac with: {fits} (three quarters of it are usable)",
         f"plan       {facts['plan']}",
     ]
+    if "fit" in facts:
+        lines += ["", fitted(facts["fit"])]
     for x in facts["left_out"][:10]:
         lines.append(f"left out   {x['tensor']}: {x['why']}")
     if len(facts["left_out"]) > 10:
         lines.append(f"left out   and {len(facts['left_out']) - 10:,} more (all with --json)")
     lines += [f"left out   {x['file']}: {x['why']}" for x in facts["files_left_out"]]
     return "\n".join(lines)
+
+
+def fitted(fit: JSON) -> str:
+    """Return the table of what `--fit` chose, and what other sizes would give."""
+    rows = [
+        (r["role"], r["layers"], r["format"], f"{r['bits_per_weight']:.2f}", size(r["bytes"]), f"{r['error']:.3%}")
+        for r in fit["table"]
+    ]
+    others = [
+        (size(o["target_bytes"]), f"{o['bits_per_weight']:.2f}", size(o["weights_bytes"]), f"{o['total_error']:.3%}")
+        if o["fits"]
+        else (size(o["target_bytes"]), "-", "does not fit", "-")
+        for o in fit["other_sizes"]
+    ]
+    return "\n".join(
+        [
+            table(("role", "layers", "format", "bits", "bytes", "error"), rows),
+            "",
+            f"fit        {size(fit['target_bytes'])}: {size(fit['weights_bytes'])} weights, {size(fit['cache_bytes'])} "
+            f"state for {fit['context']:,} tokens, {size(fit['working_bytes'])} working set",
+            f"error      {fit['total_error']:.3%} of the squares a token meets; no choice of this size has "
+            f"less than {fit['total_error'] - fit['gap']:.3%}",
+            "",
+            table(("other size", "bits", "weights", "error"), others),
+        ]
+    )
 
 
 def conversion(facts: JSON, out: str) -> str:

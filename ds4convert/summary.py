@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from ds4convert import pace
 from ds4convert import plan as plans
 from ds4convert.execute import BUFFERS
 from ds4convert.files import free_bytes
@@ -20,9 +21,6 @@ BASE_BYTES = 60 << 20
 
 STEP_BYTES, SOURCE_BYTES = 2_500, 1_000
 """What a step and a source tensor (header entry, names, ranges) take in memory, measured on Flash's inventory."""
-
-DISK_RATE = 350e6
-"""Bytes per second that the time estimate assumes: a copy on an ordinary disk (measured: 230 to 600 MB/s)."""
 
 RAM_SIZES_GB = (32, 64, 96, 128, 192, 256, 512)
 USABLE = 0.75
@@ -56,7 +54,7 @@ def summarise(plan: Plan, out: Path, jobs: int) -> JSON:
         "free_bytes": free_bytes(out.absolute()),
         "peak_memory_bytes": peak_memory(plan, jobs),
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
-        "seconds_estimate": round(size / DISK_RATE),
+        "seconds_estimate": round(pace.seconds(plan)),
         "fits_in_ram": {f"{gb} GB": size <= gb * 1e9 * USABLE for gb in RAM_SIZES_GB},
         "groups": groups(plan),
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],

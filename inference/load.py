@@ -384,6 +384,21 @@ def cache_size_bytes(args: ModelArgs, context: int, width: int) -> int:
     return total
 
 
+PREFILL_TOKENS = 2048
+"""Prompt tokens that mlx-lm runs through the model at once."""
+
+
+def working_set_bytes(args: ModelArgs) -> int:
+    """Bytes that MLX holds beside weights and state at its busiest: one layer of a prefill step, and its logits.
+
+    Per token, in float32: four times the residual streams (in, out, and the mixing of both), what goes into and comes
+    out of its experts, and a logit per vocabulary entry.
+    """
+    streams = 4 * args.hc_mult * args.hidden_size
+    experts = (args.num_experts_per_tok + 1) * (2 * args.moe_intermediate_size + args.hidden_size)
+    return PREFILL_TOKENS * 4 * (streams + experts + args.vocab_size)
+
+
 def free_memory_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
     meminfo = Path("/proc/meminfo")

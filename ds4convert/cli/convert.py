@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,23 @@ from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ds4convert.convert import Source
+    from ds4convert.inventory import Inventory
     from ds4convert.plan import Options
-    from ds4convert.types import Plan
+    from ds4convert.types import JSON, Plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the source it is for (None: from a config alone), and the account of `--fit`."""
+
+    source: Source | None
+    plan: Plan
+    fit: JSON | None = None
 
 
 def _options(
     recipe: str, backbone: str | None, experts: str | None, mtp: str | None, keep_mtp: bool, layout: str,
-    max_shard_size: int, hashing: bool, rounding: str, **_: Any,
+    max_shard_size: int, hashing: bool, rounding: str, fit: int | None, **_: Any,
 ) -> Options:  # fmt: skip
     from ds4convert.layouts import layout_of
     from ds4convert.plan import Options, check_limit
@@ -27,6 +38,11 @@ def _options(
 
     if mtp and not keep_mtp:
         raise UsageError("--mtp FORMAT and --drop-mtp contradict each other")
+    if fit is None and recipe == "fit":
+        raise UsageError("the recipe `fit` needs to know what to fit into; say --fit SIZE, such as --fit 96GB")
+    if fit is not None and (backbone or experts or recipe not in {"native", "fit"}):
+        raise UsageError("--fit chooses the formats of the backbone; it goes with no recipe, --backbone or "
+                         "--experts (--mtp can)")  # fmt: skip
     chosen = recipe_of(recipe).overridden(backbone, experts, mtp)
     place = layout_of(layout)
     source = model_source() if place.model_file else b""
@@ -69,19 +85,44 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
         session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))
 
 
-def _planned(src: str | None, config: str | None, options: Options) -> tuple[Source | None, Plan]:
+def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Planned:
     from ds4convert import convert, sidefiles, summary
     from ds4convert import plan as plans
     from ds4convert.config import parse_config
     from ds4convert.inventory import expected
 
+    options = _options(**choices)
     if config is None:
         source = convert.open_source(local(src or ""))
-        return source, convert.make_plan(source, options)
+        options, account = _fit(source.inventory, source, options, choices)
+        return Planned(source, convert.make_plan(source, options), account)
     inventory = expected(parse_config(config_bytes(config), config))
+    options, account = _fit(inventory, None, options, choices)
     named, files = summary.imagined(inventory)
     side = plans.SideFiles({}, (), sidefiles.template(inventory.config.family.name))
-    return None, plans.build(inventory, named, files, options, side)
+    return Planned(None, plans.build(inventory, named, files, options, side), account)
+
+
+def _fit(
+    inventory: Inventory, source: Source | None, options: Options, choices: dict[str, Any]
+) -> tuple[Options, JSON | None]:
+    """Return the options with the formats that --fit chooses, and the account of the choice; as they are without."""
+    if choices["fit"] is None:
+        return options, None
+    from ds4convert import convert, fitting, measure
+    from ds4convert.inference.load import cache_size_bytes, read_args, working_set_bytes
+    from ds4convert.pool import ENOUGH_WEIGHTS, rounding_pool
+
+    args = read_args(dict(inventory.config.raw), str(source.checkpoint.path if source else "the config"))
+    context = choices["context"]
+    room = fitting.Room(choices["fit"], context, cache_size_bytes(args, context, 2), working_set_bytes(args))
+    if source is None:
+        found = fitting.fit(inventory, options, measure.imagined(options.rounding), room)
+    else:
+        convert.make_plan(source, options)  # a checkpoint that is not whole is told of before it is measured
+        with convert.reading(source) as read, rounding_pool(ENOUGH_WEIGHTS) as pool:
+            found = fitting.fit(inventory, options, measure.measured(source.named, options, read, pool), room)
+    return replace(options, recipe=found.recipe), found.facts
 
 
 @cli.command()
@@ -98,15 +139,16 @@ def plan(
 
     \b
     Example: ds4convert plan DeepSeek-V4-Flash --layout universal
-             ds4convert plan --config pro
+             ds4convert plan --config flash --fit 96GB --context 32768
     """
     from ds4convert import report, summary
 
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
-    _, made = _planned(src, config, _options(**choices))
+    planned = _planned(src, config, choices)
+    made = planned.plan
     _warn_of_head(session, made)
-    facts = summary.summarise(made, out, jobs)
+    facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
     session.emit(facts | ({"steps": summary.full(made)} if full else {}), report.plan(facts))
 
 
@@ -127,10 +169,11 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     from ds4convert import convert, report, summary
 
     start = time.monotonic()
-    source, made = _planned(src, None, _options(**choices))
+    planned = _planned(src, None, choices)
+    source, made = planned.source, planned.plan
     assert source is not None
     _warn_of_head(session, made)
-    facts = summary.summarise(made, out, jobs)
+    facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
     with session.progress(facts["output_bytes"], "converting") as progress:
         outcome = convert.run(source, made, out, jobs, overwrite, progress)
     seconds = time.monotonic() - start

@@ -159,5 +159,10 @@ def arrays() -> Arrays:
     return _device() or HOST
 
 
+def on_host() -> bool:
+    """Return whether the searches run in numpy, on this machine's processors."""
+    return arrays() is HOST
+
+
 BOTH: Mapping[str, type] = {"numpy": Host, "mlx": Device}
 """All libraries by name, for tests that want the same result of each."""

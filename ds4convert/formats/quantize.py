@@ -1,7 +1,8 @@
 """Steps that round: a source's exact values in row chunks, encoded by a codec, with what the rounding cost.
 
-Each chunk is a `Job`, so that an executor may run several at once. A chunk lies within one matrix (of one expert), as
-importance is given per matrix. Faulty values raise `ValueFault` with tensor and index.
+Each chunk is a `Job`: what was read, as a `Chunk` that any process can encode, and what to do with the result. A chunk
+lies within one matrix (of one expert), as importance is given per matrix. Faulty values raise `ValueFault` with tensor
+and index.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds4convert.formats import blocks, scalars
-from ds4convert.formats.codecs import CODECS, Codec
+from ds4convert.formats.codecs import CODECS
 from ds4convert.formats.encode import Encoded, encode, encode_fp4
 from ds4convert.formats.transforms import (
     TRANSFORMS,
@@ -42,114 +43,152 @@ def no_importance(key: str, expert: int) -> scalars.F32 | None:
     return None
 
 
-def pieces(step: Step, read: Read, importance: Importance = no_importance) -> Iterator[Piece | Job]:
-    """Yield the pieces of a step, or jobs that return them."""
-    if step.transform in LOADERS:
-        return _quantize(step, read, importance)
-    return iter(TRANSFORMS[step.transform](step, read))
+@dataclass(frozen=True)
+class Unfit:
+    """The first value of a chunk that no quantized format holds: its place among the chunk's values, and the value."""
+
+    at: int
+    value: float
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some rows of one matrix: `first` counts from the top of the whole stack, `row` from that of its matrix."""
+class Chunk:
+    """Rows of one matrix as they were read, and how to encode them: plain data, so that any process can.
 
-    expert: int
-    row: int
-    first: int
+    `store` is fp4, fp8 or bf16; `row` is the first row's number in its matrix (FP8 scales are per tile); `grid` is the
+    shape of the scales.
+    """
+
+    store: str
+    data: bytes
+    scales: bytes
+    grid: tuple[int, int]
+    tile: tuple[int, int]
     rows: int
+    cols: int
+    row: int
+    codec: str
+    rounding: str
+    weigh: scalars.F32 | None
+
+    def encoded(self) -> Encoded | Unfit:
+        """Return the rows encoded; the first value that cannot be, where there is one."""
+        return ENCODE[self.store](self)
 
 
-Load = Callable[[_Rows, Codec, str, "scalars.F32 | None"], Encoded]
-"""Reads rows of the source and returns them encoded."""
+def _encode_fp4(c: Chunk) -> Encoded | Unfit:
+    codes = np.frombuffer(c.data, np.uint8).reshape(c.rows, -1)
+    scales = np.frombuffer(c.scales, np.uint8).reshape(c.grid)
+    return encode_fp4(codes, scales, CODECS[c.codec], c.rounding, c.weigh)
 
 
-def _quantize(step: Step, read: Read, importance: Importance) -> Iterator[Job]:
-    p, codec = numbers(step), CODECS[str(step.params["codec"])]
-    rounding, key = str(step.params["rounding"]), step.params.get("importance")
-    load = LOADERS[step.transform](step, read)
-    matrices = step.outputs[0].shape[0] if len(step.outputs[0].shape) == 3 else 1
-    for expert in range(matrices):
-        weigh = importance(str(key), expert) if key else None
-        for row, rows in row_chunks(p["rows"], p["cols"], CHUNK_VALUES):
-            part = _Rows(expert, row, expert * p["rows"] + row, rows)
-            yield partial(_job, load, part, codec, rounding, weigh)
+def _encode_fp8(c: Chunk) -> Encoded | Unfit:
+    codes = np.frombuffer(c.data, np.uint8).reshape(c.rows, -1)
+    grid = np.frombuffer(c.scales, np.uint8).reshape(c.grid)
+    return _encode_values(c, blocks.decode_fp8(codes, grid, c.row, c.tile))
 
 
-def _job(load: Load, part: _Rows, codec: Codec, rounding: str, weigh: scalars.F32 | None) -> list[Piece]:
-    found = load(part, codec, rounding, weigh)
-    made = [found.weight, found.scales, *([found.biases] if found.biases is not None else [])]
-    loss = Loss(found.squared, found.norm, found.max_abs)
-    return [_piece(n, part, values, loss if n == 0 else None) for n, values in enumerate(made)]
+def _encode_bf16(c: Chunk) -> Encoded | Unfit:
+    return _encode_values(c, scalars.bf16_values(np.frombuffer(c.data, "<u2").reshape(c.rows, -1)))
 
 
-def _piece(output: int, part: _Rows, values: NDArray[Any], loss: Loss | None) -> Piece:
-    row_bytes = values.shape[1] * values.itemsize
-    return Piece(output, part.first * row_bytes, data=as_bytes(np.ascontiguousarray(values)), loss=loss)
-
-
-def _fp4(step: Step, read: Read) -> Load:
-    """Packed FP4 with its scales."""
-    cols = numbers(step)["cols"]
-    weight, scale = Operand(step, 0, read), Operand(step, 1, read)
-    row_bytes, row_scales = cols // 2, cols // blocks.MX_GROUP
-
-    def load(part: _Rows, codec: Codec, rounding: str, weigh: scalars.F32 | None) -> Encoded:
-        codes = np.frombuffer(weight.get(part.first * row_bytes, part.rows * row_bytes), np.uint8)
-        raw = scale.get(part.first * row_scales, part.rows * row_scales)
-        check_codes(scale, raw, part.first * row_scales, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
-        scales = np.frombuffer(raw, np.uint8).reshape(part.rows, row_scales)
-        return encode_fp4(codes.reshape(part.rows, row_bytes), scales, codec, rounding, weigh)
-
-    return load
-
-
-def _fp8(step: Step, read: Read) -> Load:
-    """FP8 with its tile scales."""
-    p = numbers(step)
-    tile = (p["tile_rows"], p["tile_cols"])
-    grid_rows, grid_cols = -(-p["rows"] // tile[0]), -(-p["cols"] // tile[1])
-    each = grid_rows * grid_cols
-    weight, scale = Operand(step, 0, read), Operand(step, 1, read)
-
-    def load(part: _Rows, codec: Codec, rounding: str, weigh: scalars.F32 | None) -> Encoded:
-        raw = scale.get(part.expert * each, each)
-        check_codes(scale, raw, part.expert * each, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
-        at = part.first * p["cols"]
-        data = weight.get(at, part.rows * p["cols"])
-        check_codes(weight, data, at, scalars.E4M3_NAN_CODES, "NaN in FP8 E4M3")
-        codes = np.frombuffer(data, np.uint8).reshape(part.rows, p["cols"])
-        grid = np.frombuffer(raw, np.uint8).reshape(grid_rows, grid_cols)
-        values = blocks.decode_fp8(codes, grid, part.row, tile)
-        return encode(_finite(weight, values, at), codec, rounding, weigh)
-
-    return load
-
-
-def _bf16(step: Step, read: Read) -> Load:
-    """BF16 as it is."""
-    cols = numbers(step)["cols"]
-    weight = Operand(step, 0, read)
-
-    def load(part: _Rows, codec: Codec, rounding: str, weigh: scalars.F32 | None) -> Encoded:
-        at = part.first * cols
-        bits = np.frombuffer(weight.get(at * 2, part.rows * cols * 2), "<u2").reshape(part.rows, cols)
-        return encode(_finite(weight, scalars.bf16_values(bits), at), codec, rounding, weigh)
-
-    return load
-
-
-def _finite(operand: Operand, values: scalars.F32, element: int) -> scalars.F32:
-    """Return `values`. Raises `ValueFault` for NaN and infinity, which no quantized format holds."""
+def _encode_values(c: Chunk, values: scalars.F32) -> Encoded | Unfit:
     if not np.isfinite(values.sum(dtype=np.float64)):
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            operand.fault(element + int(bad[0]), f"{values.reshape(-1)[bad[0]]}, which cannot be quantized")
-    return values
+            return Unfit(int(bad[0]), float(values.reshape(-1)[bad[0]]))
+    return encode(values, CODECS[c.codec], c.rounding, c.weigh)
 
 
-LOADERS: Mapping[str, Callable[[Step, Read], Load]] = {
-    "quantize_fp4": _fp4,
-    "quantize_fp8": _fp8,
-    "quantize_bf16": _bf16,
+ENCODE: Mapping[str, Callable[[Chunk], Encoded | Unfit]] = {
+    "fp4": _encode_fp4,
+    "fp8": _encode_fp8,
+    "bf16": _encode_bf16,
 }
-"""How each kind of source is read, by the name of the transform in a plan."""
+
+
+def pieces(step: Step, read: Read, importance: Importance = no_importance) -> Iterator[Piece | Job]:
+    """Yield the pieces of a step, or jobs that give them."""
+    if step.transform not in STORES:
+        return iter(TRANSFORMS[step.transform](step, read))
+    return _jobs(step, read, importance)
+
+
+def _jobs(step: Step, read: Read, importance: Importance) -> Iterator[Job]:
+    p, key = numbers(step), step.params.get("importance")
+    reader = Reader(step, read)
+    for expert in range(reader.matrices):
+        weigh = importance(str(key), expert) if key else None
+        for row, rows in row_chunks(p["rows"], p["cols"], CHUNK_VALUES):
+            chunk = reader.chunk(expert, row, rows, weigh)
+            yield Job(chunk.encoded, partial(reader.pieces, expert * p["rows"] + row))
+
+
+def sample(step: Step, read: Read, importance: Importance, values: int, experts: int) -> list[Chunk]:
+    """Return about `values` weights of a step: rows from the middle of one matrix, or of `experts` of a stack."""
+    p, key = numbers(step), step.params.get("importance")
+    reader = Reader(step, read)
+    rows = min(p["rows"], max(1, values // p["cols"]))
+    first = (p["rows"] - rows) // 2
+    chosen = sorted({n * reader.matrices // experts for n in range(experts)})
+    return [reader.chunk(e, first, rows, importance(str(key), e) if key else None) for e in chosen]
+
+
+class Reader:
+    """Reads chunks of a step's source, checks their codes, and places what becomes of them."""
+
+    def __init__(self, step: Step, read: Read) -> None:
+        self.step, self.p = step, numbers(step)
+        self.store = STORES[step.transform]
+        self.weight = Operand(step, 0, read)
+        self.scale = Operand(step, 1, read) if len(step.operands) > 1 else None
+        self.tile = (self.p["tile_rows"], self.p["tile_cols"])
+        self.matrices = step.outputs[0].shape[0] if len(step.outputs[0].shape) == 3 else 1
+
+    def chunk(self, expert: int, row: int, rows: int, weigh: scalars.F32 | None) -> Chunk:
+        """Return rows of one expert's matrix. Raises `ValueFault` for a code that means no number."""
+        cols, first = self.p["cols"], expert * self.p["rows"] + row
+        row_bytes = cols * BITS[self.store] // 8
+        data = self.weight.get(first * row_bytes, rows * row_bytes)
+        if self.store == "fp8":
+            check_codes(self.weight, data, first * row_bytes, scalars.E4M3_NAN_CODES, "NaN in FP8 E4M3")
+        scales, grid = self._scales(expert, first, rows)
+        params = self.step.params
+        return Chunk(
+            self.store, data, scales, grid, self.tile, rows, cols, row,
+            str(params["codec"]), str(params["rounding"]), weigh,
+        )  # fmt: skip
+
+    def _scales(self, expert: int, first: int, rows: int) -> tuple[bytes, tuple[int, int]]:
+        """Return the scales of a chunk: FP4 those of its rows, FP8 the whole grid of its matrix."""
+        if self.scale is None:
+            return b"", (0, 0)
+        if self.store == "fp4":
+            grid = (rows, self.p["cols"] // blocks.MX_GROUP)
+            at = first * grid[1]
+        else:
+            grid = (-(-self.p["rows"] // self.tile[0]), -(-self.p["cols"] // self.tile[1]))
+            at = expert * grid[0] * grid[1]
+        raw = self.scale.get(at, grid[0] * grid[1])
+        check_codes(self.scale, raw, at, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
+        return raw, grid
+
+    def pieces(self, first: int, found: Encoded | Unfit) -> list[Piece]:
+        """Return the pieces of the step's outputs that an encoded chunk is; `first` is its first row in the stack."""
+        if isinstance(found, Unfit):
+            self.weight.fault(first * self.p["cols"] + found.at, f"{found.value}, which cannot be quantized")
+        made = [found.weight, found.scales, *([found.biases] if found.biases is not None else [])]
+        loss = Loss(found.squared, found.norm, found.max_abs)
+        return [_piece(n, first, values, loss if n == 0 else None) for n, values in enumerate(made)]
+
+
+def _piece(output: int, first: int, values: NDArray[Any], loss: Loss | None) -> Piece:
+    row_bytes = values.shape[1] * values.itemsize
+    return Piece(output, first * row_bytes, data=as_bytes(np.ascontiguousarray(values)), loss=loss)
+
+
+STORES: Mapping[str, str] = {"quantize_fp4": "fp4", "quantize_fp8": "fp8", "quantize_bf16": "bf16"}
+"""How the source of each rounding transform is stored."""
+
+BITS = {"fp4": 4, "fp8": 8, "bf16": 16}
+"""Bits per weight on disk, scales aside."""

@@ -40,8 +40,15 @@ class Piece:
     loss: Loss | None = None
 
 
-Job = Callable[[], Sequence[Piece]]
-"""Work that takes long and may run on any core; its pieces take its place among those of the transform."""
+@dataclass(frozen=True)
+class Job:
+    """Work that takes long: `work` may run on any core, in any process; `finish` makes its result pieces, here.
+
+    The pieces take the job's place among those of the transform.
+    """
+
+    work: Callable[[], Any]
+    finish: Callable[[Any], Sequence[Piece]]
 
 
 class Operand:

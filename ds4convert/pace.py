@@ -1,0 +1,73 @@
+"""How long a conversion will take: a short trial of each kind of rounding here, and the disk for the rest."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ds4convert.pool import ENOUGH_WEIGHTS, rounding_pool
+from ds4convert.types import Plan
+
+if TYPE_CHECKING:
+    from ds4convert.formats.quantize import Chunk
+
+DISK_RATE = 350e6
+"""Bytes per second that a copy is assumed to make: an ordinary disk (measured: 230 to 600 MB/s)."""
+
+TRIAL_ROWS = 512
+"""Rows of 1,024 weights in a trial: the size of a chunk of a real run."""
+
+
+def seconds(plan: Plan) -> float:
+    """Return the estimated seconds of a run: rounding by trial, with all cores at work; all else by the disk's rate.
+
+    Rounding and writing go on side by side, so the longer of the two counts.
+    """
+    size = sum(f.size for f in plan.files)
+    return max(rounding(plan), size / DISK_RATE)
+
+
+def rounding(plan: Plan) -> float:
+    """Return the estimated seconds that rounding takes, all cores at work."""
+    from ds4convert.formats.quantize import STORES
+
+    weights: dict[tuple[str, str, str], int] = {}
+    for step in plan.steps:
+        if step.transform in STORES:
+            key = (step.transform, str(step.params["codec"]), str(step.params["rounding"]))
+            weights[key] = weights.get(key, 0) + step.weights
+    return sum(n / _rate(*key) for key, n in weights.items())
+
+
+def _rate(transform: str, codec: str, rounding: str) -> float:
+    """Return weights per second of one kind of rounding, all cores together: as a run does it, in processes."""
+    from ds4convert.formats.quantize import STORES
+
+    chunk = _chunk(STORES[transform], codec, rounding)
+    with rounding_pool(ENOUGH_WEIGHTS) as pool:
+        for round_ in range(2):  # the first one starts the processes and makes their tables
+            start = time.perf_counter()
+            for future in [pool.submit(chunk.encoded) for _ in range(pool.cores * (1 + round_))]:
+                future.result()
+        taken = time.perf_counter() - start
+    return 2 * pool.cores * chunk.rows * chunk.cols / taken
+
+
+def _chunk(store: str, codec: str, rounding: str) -> Chunk:
+    import numpy as np
+
+    from ds4convert.formats import samples
+    from ds4convert.formats.quantize import Chunk
+    from ds4convert.formats.scalars import bf16_bits
+
+    rows, cols, tile = TRIAL_ROWS, samples.COLS, (128, 128)
+    scales, grid = b"", (0, 0)
+    if store == "fp4":
+        codes, by = samples.fp4_sample(rows)
+        data, scales, grid = codes.tobytes(), by.tobytes(), by.shape
+    elif store == "fp8":
+        grid = (-(-rows // tile[0]), -(-cols // tile[1]))
+        data, scales = samples.fp8_codes(rows).tobytes(), np.full(grid, 120, np.uint8).tobytes()
+    else:
+        data = bf16_bits(samples.normal_sample(rows)).tobytes()
+    return Chunk(store, data, scales, grid, tile, rows, cols, 0, codec, rounding, None)
