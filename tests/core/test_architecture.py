@@ -136,7 +136,7 @@ def test_only_files_opens_files_for_writing() -> None:
 
 
 def test_only_transforms_by_name_tie_execution_to_formats() -> None:
-    assert ours(PACKAGE / "execute.py") <= {"errors", "files", "folder", "formats", "journal", "types"}
+    assert ours(PACKAGE / "execute.py") <= {"errors", "files", "folder", "formats", "journal", "pool", "types"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
