@@ -243,6 +243,7 @@ def account_of(
         left_out=_left_out(base, drawing.steps, head.left_out if head else (), bool(places)),
         files_left_out=files_left_out,
         quantization=table,
+        chain=tuple((base.record or {}).get("source", {}).get("chain", ())),
     )
     return plans.signed(unsigned)
 

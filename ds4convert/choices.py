@@ -55,6 +55,7 @@ def conversion_options(f: F) -> F:
         click.option("--fit", type=Size(), metavar="SIZE", help="Choose formats so that weights, state of --context "
                      "tokens and MLX's working set take at most SIZE of memory (a Mac lets MLX have three quarters)."),
         click.option("--context", type=click.IntRange(1), default=8192, show_default=True, help="Tokens, with --fit."),
+        click.option("--from-mlx", is_flag=True, help="SRC is a converted folder; the manifest records the chain."),
         click.option("--rounding", type=click.Choice(["optimal", "nearest"]), default="optimal", show_default=True,
                      help="Least squared error, or MLX's plain rounding."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds4convert import config as configs
-from ds4convert import execute, journal, manifest
+from ds4convert import execute, journal, logical, manifest
 from ds4convert import plan as plans
 from ds4convert.errors import EnvironmentFault, InputError, OutputError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
@@ -85,7 +85,13 @@ def open_source(path: Path) -> Source:
     """Return the source checkpoint at `path`, read and recognised, not yet compared with what its config implies."""
     if path.is_file():
         raise InputError(f"{path}: a single file cannot be converted; name the checkpoint folder")
-    return recognised(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    if logical.is_mlx(checkpoint):
+        raise InputError(
+            f"{path}: is a converted folder, its values may be rounded already; convert the official checkpoint, or "
+            "say --from-mlx to convert this one again"
+        )
+    return recognised(checkpoint)
 
 
 def recognised(checkpoint: Checkpoint) -> Source:

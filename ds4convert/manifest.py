@@ -51,9 +51,8 @@ def build(plan: Plan, steps: Mapping[int, Done], hashes: Mapping[int, str | None
         "formats": dict(plan.formats),
         "layout": plan.layout,
         "plan": plan.id,
-        "source": {
-            "files": [{"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256} for s in plan.sources]
-        },
+        "source": {"files": [{"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256} for s in plan.sources]}
+        | ({"chain": list(plan.chain)} if plan.chain else {}),
         "tensors": [r for n, s in enumerate(plan.steps) for r in _records(plan, s, steps[n])],
         "files": sorted(files, key=lambda f: str(f["name"])),
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],

@@ -232,11 +232,7 @@ def step_of(named: Named, options: Options, item: Item, outputs: tuple[Output, .
     """Return the step that makes `outputs` of an item from the source's tensors."""
     module, part = item.module, item.part
     picked = [operand(module, kind, named) for kind in part.operands]
-    params = dict(part.params)
-    if "codec" in params:
-        params["rounding"] = options.rounding
-        if options.calibration is not None and key_of(module) in options.calibration:
-            params |= {"importance": key_of(module), "calibration": options.calibration.digest}
+    params = dict(part.params) | rounding_params(module, part, options)
     if module.fused is not None:
         first = module.fused.parts.index(module.name.rpartition(".")[2])
         params["fused_first_row"] = first * module.shape[0]
@@ -256,6 +252,16 @@ def step_of(named: Named, options: Options, item: Item, outputs: tuple[Output, .
         layer=module.block,
         weights=0 if part.outputs[0].suffix == "scales" else module.weights,
     )
+
+
+def rounding_params(module: Module, part: Part, options: Options) -> dict[str, int | str]:
+    """Return how a part that rounds is to do it; {} for one that does not."""
+    if "codec" not in part.params:
+        return {}
+    params: dict[str, int | str] = {"rounding": options.rounding}
+    if options.calibration is not None and key_of(module) in options.calibration:
+        params |= {"importance": key_of(module), "calibration": options.calibration.digest}
+    return params
 
 
 def operand(module: Module, kind: str, named: Named) -> tuple[tuple[ByteRange, ...], tuple[str, ...], tuple[int, ...]]:
@@ -404,7 +410,7 @@ def as_json(plan: Plan) -> JSON:
         "copies": dict(plan.copies),
         "left_out": [[x.tensor, x.why] for x in plan.left_out],
         "files_left_out": [[x.tensor, x.why] for x in plan.files_left_out],
-    }
+    } | ({"chain": list(plan.chain)} if plan.chain else {})
 
 
 def _steps_json(steps: Sequence[Step]) -> Iterator[list[Any]]:

@@ -162,7 +162,8 @@ class Plan:
 
     `texts` are the small files (config, index) by relative name with their exact bytes; `copies` are files taken
     over unchanged from the source folder, by relative name with their sha256. `id` is the sha256 of the canonical
-    JSON of all this, so equal inputs and options give equal ids on every machine.
+    JSON of all this, so equal inputs and options give equal ids on every machine. `chain` has the conversions that the
+    source has behind it, the first one first: none for an official checkpoint.
     """
 
     id: str
@@ -180,3 +181,4 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     files_left_out: tuple[LeftOut, ...]
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    chain: tuple[JSON, ...] = ()

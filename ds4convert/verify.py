@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds4convert import compare, convert, logical, manifest
+from ds4convert import compare, convert, logical, manifest, stored
 from ds4convert import inventory as inventories
 from ds4convert.errors import Ds4Error, InputError
 from ds4convert.folder import Checkpoint, open_file, read_checkpoint, read_small, resolve_inside
@@ -22,7 +22,7 @@ from ds4convert.headers import parse_index
 from ds4convert.journal import STATE_FOLDER
 from ds4convert.layouts import layouts
 from ds4convert.plan import INDEX_NAME
-from ds4convert.types import JSON, TensorInfo
+from ds4convert.types import JSON, SourceFile, TensorInfo
 
 SHOWN = 5
 HASH_CHUNK = 4 << 20
@@ -217,7 +217,7 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     Where the format keeps the source's codes, codes and values both have to be equal; a dequantized tensor has to be
     the correctly rounded value; a quantized one has to be as far from the source as the manifest records.
     """
-    opened = convert.open_source(source)
+    opened = _opened(source)
     try:
         record = manifest.read(path)
         folder = logical.read_mlx(path)
@@ -228,7 +228,7 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     if record is not None:
         checks.append(Check("source headers", *_same_source(record, opened)))
         checks.append(Check("left out", *_left_out(record, opened)))
-    wanted = logical.source_view(opened.checkpoint, opened.inventory, opened.named)
+    wanted = opened.view
     for name, view in views:
         ours = _without_head(wanted) if folder.head_kind == "none" else wanted
         if name:
@@ -237,6 +237,26 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
             )
         checks.append(Check(f"values{name}", *_values(ours, view, _losses(record), jobs, progress)))
     return checks
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a folder is compared with: files and tensors by their headers, and the view of its values."""
+
+    files: Sequence[SourceFile]
+    tensors: Sequence[str]
+    view: logical.View
+
+
+def _opened(path: Path) -> Opened:
+    """Return an official checkpoint, or (the source of `--from-mlx`) a converted folder, opened."""
+    if path.is_dir() and logical.is_mlx(read_checkpoint(path)):
+        base = stored.read(path)
+        names = [name for m in base.modules for p in m.parts for name in p.names]
+        return Opened(base.files, names, base.folder.view)
+    source = convert.open_source(path)
+    view = logical.source_view(source.checkpoint, source.inventory, source.named)
+    return Opened(source.checkpoint.files, [t.name for t in source.checkpoint.tensors()], view)
 
 
 Losses = Mapping[tuple[str, str], JSON]
@@ -260,9 +280,9 @@ def _without_head(view: logical.View) -> logical.View:
     return logical.View(view.kind, kept, view.paths)
 
 
-def _same_source(record: JSON, source: convert.Source) -> tuple[bool, str]:
+def _same_source(record: JSON, source: Opened) -> tuple[bool, str]:
     recorded = {f.get("name"): f.get("header_sha256") for f in record.get("source", {}).get("files", [])}
-    found = {f.name: f.header_sha256 for f in source.checkpoint.files}
+    found = {f.name: f.header_sha256 for f in source.files}
     return _some(
         [
             f"{n}: not the file that was converted"
@@ -273,10 +293,10 @@ def _same_source(record: JSON, source: convert.Source) -> tuple[bool, str]:
     )
 
 
-def _left_out(record: JSON, source: convert.Source) -> tuple[bool, str]:
+def _left_out(record: JSON, source: Opened) -> tuple[bool, str]:
     """Every source tensor is either in a record of the manifest or left out with a reason."""
     told = {n for r in record["tensors"] for n in r["sources"]} | {x.get("tensor") for x in record["left_out"]}
-    problems = [f"{t.name}: neither written nor left out" for t in source.checkpoint.tensors() if t.name not in told]
+    problems = [f"{name}: neither written nor left out" for name in source.tensors if name not in told]
     return _some(problems, f"every source tensor accounted for, {len(record['left_out'])} left out with a reason")
 
 

@@ -13,7 +13,7 @@ from ds4convert.cli.session import Session, cli, common, config_bytes, local, mo
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ds4convert.convert import Source
+    from ds4convert.convert import Ending, Source
     from ds4convert.inventory import Inventory
     from ds4convert.plan import Options
     from ds4convert.types import JSON, Plan
@@ -26,6 +26,7 @@ class Planned:
     source: Source | None
     plan: Plan
     fit: JSON | None = None
+    ending: Ending | None = None
 
 
 def _options(
@@ -92,6 +93,8 @@ def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Pl
     from ds4convert.inventory import expected
 
     options = _options(**choices)
+    if choices["from_mlx"]:
+        return _again(src, options, choices)
     if config is None:
         source = convert.open_source(local(src or ""))
         options, account = _fit(source.inventory, source, options, choices)
@@ -101,6 +104,17 @@ def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Pl
     named, files = summary.imagined(inventory)
     side = plans.SideFiles({}, (), sidefiles.template(inventory.config.family.name))
     return Planned(None, plans.build(inventory, named, files, options, side), account)
+
+
+def _again(src: str | None, options: Options, choices: dict[str, Any]) -> Planned:
+    from ds4convert import requantize
+
+    if src is None or choices["fit"] is not None:
+        raise UsageError(
+            "--from-mlx needs a folder, and --fit measures official checkpoints; use --recipe or --backbone"
+        )
+    made = requantize.plan(local(src), options)
+    return Planned(made.source, made.plan, None, made.ending())
 
 
 def _fit(
@@ -175,7 +189,7 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     _warn_of_head(session, made)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
     with session.progress(facts["output_bytes"], "converting") as progress:
-        outcome = convert.run(source, made, out, jobs, overwrite, progress)
+        outcome = convert.run(source, made, out, jobs, overwrite, progress, ending=planned.ending)
     seconds = time.monotonic() - start
     facts |= {"seconds": round(seconds, 3), "bytes_per_second": round(facts["output_bytes"] / seconds)}
     facts |= {

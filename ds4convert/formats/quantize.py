@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ds4convert.formats import blocks, scalars
 from ds4convert.formats.codecs import CODECS
-from ds4convert.formats.encode import Encoded, encode, encode_fp4
+from ds4convert.formats.encode import Encoded, decode, encode, encode_fp4
 from ds4convert.formats.transforms import (
     TRANSFORMS,
     Job,
@@ -55,8 +55,8 @@ class Unfit:
 class Chunk:
     """Rows of one matrix as they were read, and how to encode them: plain data, so that any process can.
 
-    `store` is fp4, fp8 or bf16; `row` is the first row's number in its matrix (FP8 scales are per tile); `grid` is the
-    shape of the scales.
+    `store` is fp4, fp8, bf16 or codec; `row` is the first row's number in its matrix (FP8 scales are per tile); `grid`
+    is the shape of the scales. `source` is the codec of rows that are in one (store codec), `biases` its biases.
     """
 
     store: str
@@ -70,6 +70,8 @@ class Chunk:
     codec: str
     rounding: str
     weigh: scalars.F32 | None
+    source: str = ""
+    biases: bytes = b""
 
     def encoded(self) -> Encoded | Unfit:
         """Return the rows encoded; the first value that cannot be, where there is one."""
@@ -100,10 +102,20 @@ def _encode_values(c: Chunk, values: scalars.F32) -> Encoded | Unfit:
     return encode(values, CODECS[c.codec], c.rounding, c.weigh)
 
 
+def _encode_codec(c: Chunk) -> Encoded | Unfit:
+    codec = CODECS[c.source]
+    dtype = "<u2" if codec.scale_dtype == "BF16" else "u1"
+    scales, biases = (np.frombuffer(raw, dtype).reshape(c.grid) if raw else None for raw in (c.scales, c.biases))
+    assert scales is not None
+    words = np.frombuffer(c.data, "<u4").reshape(c.rows, -1)
+    return _encode_values(c, decode(codec, words, scales, biases))
+
+
 ENCODE: Mapping[str, Callable[[Chunk], Encoded | Unfit]] = {
     "fp4": _encode_fp4,
     "fp8": _encode_fp8,
     "bf16": _encode_bf16,
+    "codec": _encode_codec,
 }
 
 
@@ -142,27 +154,34 @@ class Reader:
         self.store = STORES[step.transform]
         self.weight = Operand(step, 0, read)
         self.scale = Operand(step, 1, read) if len(step.operands) > 1 else None
+        self.bias = Operand(step, 2, read) if len(step.operands) > 2 else None
+        self.source = str(step.params.get("from", ""))
+        self.bits = CODECS[self.source].bits if self.source else BITS[self.store]
         self.tile = (self.p["tile_rows"], self.p["tile_cols"])
         self.matrices = step.outputs[0].shape[0] if len(step.outputs[0].shape) == 3 else 1
 
     def chunk(self, expert: int, row: int, rows: int, weigh: scalars.F32 | None) -> Chunk:
         """Return rows of one expert's matrix. Raises `ValueFault` for a code that means no number."""
         cols, first = self.p["cols"], expert * self.p["rows"] + row
-        row_bytes = cols * BITS[self.store] // 8
+        row_bytes = cols * self.bits // 8
         data = self.weight.get(first * row_bytes, rows * row_bytes)
         if self.store == "fp8":
             check_codes(self.weight, data, first * row_bytes, scalars.E4M3_NAN_CODES, "NaN in FP8 E4M3")
         scales, grid = self._scales(expert, first, rows)
+        biases = b"" if self.bias is None else self._of_groups(self.bias, first, grid)
         params = self.step.params
         return Chunk(
             self.store, data, scales, grid, self.tile, rows, cols, row,
-            str(params["codec"]), str(params["rounding"]), weigh,
+            str(params["codec"]), str(params["rounding"]), weigh, self.source, biases,
         )  # fmt: skip
 
     def _scales(self, expert: int, first: int, rows: int) -> tuple[bytes, tuple[int, int]]:
         """Return the scales of a chunk: FP4 those of its rows, FP8 the whole grid of its matrix."""
         if self.scale is None:
             return b"", (0, 0)
+        if self.store == "codec":
+            grid = (rows, self.p["cols"] // CODECS[self.source].group_size)
+            return self._of_groups(self.scale, first, grid), grid
         if self.store == "fp4":
             grid = (rows, self.p["cols"] // blocks.MX_GROUP)
             at = first * grid[1]
@@ -172,6 +191,11 @@ class Reader:
         raw = self.scale.get(at, grid[0] * grid[1])
         check_codes(self.scale, raw, at, (scalars.E8M0_NAN_CODE,), "NaN in E8M0 block scales")
         return raw, grid
+
+    def _of_groups(self, operand: Operand, first: int, grid: tuple[int, int]) -> bytes:
+        """Return scales or biases of some rows of a codec's groups, as they are stored."""
+        row = grid[1] * (2 if CODECS[self.source].scale_dtype == "BF16" else 1)
+        return operand.get(first * row, grid[0] * row)
 
     def pieces(self, first: int, found: Encoded | Unfit) -> list[Piece]:
         """Return the pieces of the step's outputs that an encoded chunk is; `first` is its first row in the stack."""
@@ -187,7 +211,8 @@ def _piece(output: int, first: int, values: NDArray[Any], loss: Loss | None) -> 
     return Piece(output, first * row_bytes, data=as_bytes(np.ascontiguousarray(values)), loss=loss)
 
 
-STORES: Mapping[str, str] = {"quantize_fp4": "fp4", "quantize_fp8": "fp8", "quantize_bf16": "bf16"}
+STORES: Mapping[str, str] = {"quantize_fp4": "fp4", "quantize_fp8": "fp8", "quantize_bf16": "bf16",
+                                "quantize_codec": "codec"}  # fmt: skip
 """How the source of each rounding transform is stored."""
 
 BITS = {"fp4": 4, "fp8": 8, "bf16": 16}

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from ds4convert.errors import ValueFault
 from ds4convert.formats import blocks, scalars
+from ds4convert.formats.codecs import CODECS
+from ds4convert.formats.encode import decode
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.types import ByteRange, Loss, Step
 
@@ -155,6 +157,23 @@ def tile_e8m0(step: Step, read: Read) -> Iterator[Piece]:
         yield Piece(0, expert * each_out, data=as_bytes(scales))
 
 
+def codec_to_bf16(step: Step, read: Read) -> Iterator[Piece]:
+    """Rows of a codec (param `from`; operands weight, scales, and biases where it has them) decoded to BF16."""
+    p, codec = numbers(step), CODECS[str(step.params["from"])]
+    operands = [Operand(step, n, read) for n in range(len(step.operands))]
+    rows = step.outputs[0].size // 2 // p["cols"]
+    groups, wide = p["cols"] // codec.group_size, 2 if codec.scale_dtype == "BF16" else 1
+    widths = (p["cols"] * codec.bits // 8, groups * wide, groups * wide)
+    dtypes = ("<u4", *["<u2" if wide == 2 else "u1"] * 2)
+    for row, count in row_chunks(rows, p["cols"] * 2, CHUNK_BYTES):
+        parts = [
+            np.frombuffer(o.get(row * w, count * w), d).reshape(count, -1)
+            for o, w, d in zip(operands, widths, dtypes, strict=False)
+        ]
+        values = decode(codec, parts[0], parts[1], parts[2] if len(parts) > 2 else None)
+        yield Piece(0, row * p["cols"] * 2, data=as_bytes(scalars.bf16_bits(values)))
+
+
 def narrow_i64(step: Step, read: Read) -> Iterator[Piece]:
     """I64 as I32; a value below 0 or not below `limit` (param) stops the run."""
     operand, limit = Operand(step, 0, read), numbers(step)["limit"]
@@ -222,6 +241,7 @@ def _bf16_piece(values: scalars.F32, element: int) -> Piece:
 
 
 TRANSFORMS: Mapping[str, Callable[[Step, Read], Iterator[Piece]]] = {
-    f.__name__: f for f in (copy, widen_bf16, copy_e4m3, copy_e8m0, tile_e8m0, narrow_i64, fp4_to_bf16, fp8_to_bf16)
-}
+    f.__name__: f for f in (copy, widen_bf16, copy_e4m3, copy_e8m0, tile_e8m0, narrow_i64, fp4_to_bf16, fp8_to_bf16,
+                              codec_to_bf16)
+}  # fmt: skip
 """All transforms by the name that a plan uses."""

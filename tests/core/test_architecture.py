@@ -18,7 +18,7 @@ CORE = {
 }  # fmt: skip
 SHELL = {
     "files", "folder", "sidefiles", "journal", "execute", "convert", "manifest", "logical", "compare", "verify",
-    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool",
+    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool", "requantize",
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
