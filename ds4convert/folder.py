@@ -115,8 +115,14 @@ def _read_json(read: Callable[[int], bytes], length: int, name: str) -> bytes:
     return b"".join(pieces)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+ReadHeader = Callable[[str, int], tuple[SourceFile, Header]]
+"""From the name of a safetensors file and its number to its facts and header."""
+
+
+def read_checkpoint(path: Path, read: ReadHeader | None = None, listed: list[str] | None = None) -> Checkpoint:
     """Return the headers of the checkpoint at `path`: a folder, or a single .safetensors file.
+
+    `read` and `listed` are given where the shards lie elsewhere: how to read one, and which there are.
 
     With an index, its files are read and must hold exactly its tensors; without one, every `*.safetensors` of the
     folder is read. Raises `InputError` (or a kind of it) before anything else is done with the checkpoint.
@@ -127,19 +133,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         source, header = read_header(path, path.name)
         return Checkpoint(path.parent, (source,), (header,), None, False)
     index = _read_index(path)
-    names = sorted(set(index.values())) if index is not None else _safetensors_names(path)
+    names = sorted(set(index.values())) if index is not None else listed or _safetensors_names(path)
     if not names:
         raise InputError(f"{show(str(path))}: holds no .safetensors file; is this a checkpoint folder?")
     if len(names) > MAX_FILES:
         raise InputError(f"{show(str(path))}: names {len(names)} files, expected at most {MAX_FILES}")
-    read: list[tuple[SourceFile, Header]] = []
+    pairs: list[tuple[SourceFile, Header]] = []
     count = 0
     for at, name in enumerate(names):
-        read.append(read_header(resolve_inside(path, name), name, at))
-        count += len(read[-1][1].tensors)
+        pairs.append(read(name, at) if read else read_header(resolve_inside(path, name), name, at))
+        count += len(pairs[-1][1].tensors)
         if count > MAX_TENSORS:
             raise HeaderError(f"{name}: with it there are {count} tensors, expected at most {MAX_TENSORS}")
-    found = Checkpoint(path, tuple(s for s, _ in read), tuple(h for _, h in read), _config(path), index is not None)
+    found = Checkpoint(path, tuple(s for s, _ in pairs), tuple(h for _, h in pairs), _config(path), index is not None)
     _check_placement(found, index)
     return found
 

@@ -104,11 +104,15 @@ def inspect(path: Path) -> Inspection:
     """
     if path.is_file():
         return _plain(read_checkpoint(path), "a single file: without its folder there is nothing to compare it with")
-    checkpoint = read_checkpoint(path)
+    return inspect_checkpoint(read_checkpoint(path))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Return the facts of a checkpoint whose headers have been read, wherever its tensors lie."""
     if checkpoint.config is None:
         return _plain(checkpoint, "no config.json: there is nothing to compare the tensors with")
     if logical.is_mlx(checkpoint):
-        return _mlx(path, checkpoint)
+        return _mlx(checkpoint.path, checkpoint)
     return _source(convert.recognised(checkpoint))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds4convert.choices import PATH, conversion_options
-from ds4convert.cli.session import Session, cli, common, config_bytes, local, model_source
+from ds4convert.cli.session import Session, cli, common, config_bytes, headers_of, local, model_source
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,13 +72,19 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
 
     \b
     Example: ds4convert inspect DeepSeek-V4-Flash
+             ds4convert inspect hf://deepseek-ai/DeepSeek-V4-Flash
              ds4convert inspect --config flash --tensors 'mtp.0.*proj*'
     """
     from ds4convert import inspection, report
 
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
-    found = inspection.inspect_config(config_bytes(config), config) if config else inspection.inspect(local(src or ""))
+    if config:
+        found = inspection.inspect_config(config_bytes(config), config)
+    elif remote := headers_of(src or ""):
+        found = inspection.inspect_checkpoint(remote)
+    else:
+        found = inspection.inspect(local(src or ""))
     if tensors is None:
         session.emit(found.as_json(), report.inspection(found))
     else:
@@ -86,7 +92,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
         session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))
 
 
-def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Planned:
+def _planned(src: str | None, config: str | None, choices: dict[str, Any], may_be_remote: bool = False) -> Planned:
     from ds4convert import convert, sidefiles, summary
     from ds4convert import plan as plans
     from ds4convert.config import parse_config
@@ -96,7 +102,8 @@ def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Pl
     if choices["from_mlx"]:
         return _again(src, options, choices)
     if config is None:
-        source = convert.open_source(local(src or ""))
+        remote = headers_of(src or "") if may_be_remote and choices["fit"] is None else None
+        source = convert.recognised(remote) if remote else convert.open_source(local(src or ""))
         options, account = _fit(source.inventory, source, options, choices)
         return Planned(source, convert.make_plan(source, options), account)
     inventory = expected(parse_config(config_bytes(config), config))
@@ -154,12 +161,13 @@ def plan(
     \b
     Example: ds4convert plan DeepSeek-V4-Flash --layout universal
              ds4convert plan --config flash --fit 96GB --context 32768
+             ds4convert plan hf://deepseek-ai/DeepSeek-V4-Flash
     """
     from ds4convert import report, summary
 
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
-    planned = _planned(src, config, choices)
+    planned = _planned(src, config, choices, may_be_remote=True)
     made = planned.plan
     _warn_of_head(session, made)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})

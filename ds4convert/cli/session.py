@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ds4convert.choices import F
 from ds4convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from ds4convert.folder import Checkpoint
 
 
 @dataclass
@@ -104,10 +107,19 @@ def config_bytes(name: str) -> bytes:
     return found if found is not None else read_small(path.parent, path.name)
 
 
+def headers_of(src: str) -> Checkpoint | None:
+    """Return the checkpoint of a Hub repo, from headers read by byte range; None where `src` is a local path."""
+    if not src.startswith("hf://"):
+        return None
+    from ds4convert import hub
+
+    return hub.read_remote(hub.open_repo(src))
+
+
 def local(src: str) -> Path:
     """Return the folder that `src` names. Raises `UsageError` for a repo of the Hub."""
     if src.startswith("hf://"):
-        raise UsageError(f"{src}: reading from the Hub is not in this version; download the repo and name its folder")
+        raise UsageError(f"{src}: this reads tensors, which need a folder; `ds4convert pull {src}` first, then name it")
     return Path(src)
 
 
