@@ -58,6 +58,7 @@ def conversion_options(f: F) -> F:
         click.option("--from-mlx", is_flag=True, help="SRC is a converted folder; the manifest records the chain."),
         click.option("--rounding", type=click.Choice(["optimal", "nearest"]), default="optimal", show_default=True,
                      help="Least squared error, or MLX's plain rounding."),
+        click.option("--calibration", type=FILE, metavar="FILE", help="Weigh errors by it: made by `calibrate`."),
         click.option("--keep-mtp/--drop-mtp", default=True, show_default=True, help="Keep the MTP head."),
         click.option("--layout", type=LayoutName(), default="inline", show_default=True),
         click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest shard."),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds4convert import config as configs
-from ds4convert import convert, logical, manifest
+from ds4convert import convert, logical, manifest, stored
 from ds4convert.folder import Checkpoint, read_checkpoint
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inventory import HEAD, Inventory, TensorSpec, compare, expected
@@ -218,3 +218,10 @@ def view_of(path: Path) -> logical.View:
         return logical.read_mlx(path, checkpoint).view
     source = convert.recognised(checkpoint)
     return logical.source_view(source.checkpoint, source.inventory, source.named)
+
+
+def inventory_of(path: Path) -> Inventory:
+    """Return what a source or a converted folder holds. Raises `InputError` where it is not whole."""
+    if path.is_dir() and logical.is_mlx(read_checkpoint(path)):
+        return stored.read(path).inventory
+    return convert.open_source(path).inventory

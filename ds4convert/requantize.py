@@ -54,12 +54,16 @@ class Again:
         return Ending(made.id, sizes, (*made.texts, *made.copies), apart, write, 0, base.places)
 
 
-def plan(path: Path, options: plans.Options) -> Again:
-    """Return the plan for converting the converted folder at `path` again.
+def opened(path: Path) -> Stored:
+    """Return the converted folder at `path`. Raises `InputError` where it is none, or is not whole."""
+    return stored.read(path)
 
-    Raises `InputError` where it is none, is not whole, or has a part that the wished format cannot hold.
+
+def plan(base: Stored, options: plans.Options) -> Again:
+    """Return the plan for converting a converted folder again.
+
+    Raises `InputError` where it has a part that the wished format cannot hold.
     """
-    base = stored.read(path)
     inventory = base.inventory
     has_head = base.has_head and options.keep_mtp
     options.recipe.check(inventory)

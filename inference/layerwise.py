@@ -231,7 +231,7 @@ def run_layerwise(
     theirs = Walk(source, DTYPES[dtype]) if source else None
     if theirs:
         _check_same_shape(ours, theirs)
-    _check_prompts(prompts, ours.args)
+    check_prompts(prompts, ours.args)
     stages = tuple(_run_stages(ours, theirs, [mx.array(prompt)[None] for prompt in prompts], done))
     second = (theirs, theirs.collapsed) if theirs else None
     backbone, their_backbone = _read_out((ours, ours.collapsed), second, [prompt[1:] for prompt in prompts])
@@ -301,7 +301,7 @@ def _check_same_shape(ours: Walk, theirs: Walk) -> None:
             )
 
 
-def _check_prompts(prompts: list[list[int]], args: ModelArgs) -> None:
+def check_prompts(prompts: list[list[int]], args: ModelArgs) -> None:
     """Raise InputError on a prompt that gives no figure or that the model cannot take."""
     if not prompts:
         raise InputError("no prompts: at least one is needed, of two tokens or more")

@@ -15,6 +15,7 @@ V vocabulary, K experts per token. Sources: architecture description, sections 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,38 @@ def product(x: mx.array, matrix: mx.array) -> mx.array:
     return mx.array(found).astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[0])
 
 
+Observe = Callable[[str, int | None, mx.array], None]
+"""Told what goes into a matrix: its path, the expert (None: not of one), rows [..., in]."""
+
+
 class DenseLinear(nn.Linear):
     """A linear layer without bias that multiplies by `product`."""
 
-    def __init__(self, weight: mx.array) -> None:
+    def __init__(self, weight: mx.array, path: str = "", observe: Observe | None = None) -> None:
         nn.Module.__init__(self)
         self.weight = weight
+        self._path, self._observe = path, observe
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out]."""
+        if self._observe is not None:
+            self._observe(self._path, None, x)
         return product(x, self.weight)
 
 
 class RoutedExperts:
     """The routed experts of one block, read a chunk at a time; `switch` tells the format, and is not evaluated."""
 
-    def __init__(self, switch: SwitchMLP, stored: dict[str, Stored], args: ModelArgs, dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        switch: SwitchMLP,
+        stored: dict[str, Stored],
+        args: ModelArgs,
+        dtype: mx.Dtype,
+        path: str = "",
+        observe: Observe | None = None,
+    ) -> None:
+        self._path, self._observe = path, observe
         self._stored, self._args, self._dtype = stored, args, dtype
         self._modules = {name: switch[name] for name in EXPERT_MATRICES}
         weights = len(EXPERT_MATRICES) * args.hidden_size * args.moe_intermediate_size
@@ -105,6 +122,9 @@ class RoutedExperts:
                 rows = x[positions]
                 hidden = swiglu(product(rows, gate), product(rows, up), self._args.swiglu_limit).astype(x.dtype)
                 found = product(hidden, down).astype(mx.float32)
+                if self._observe is not None:
+                    for name, entering in zip(EXPERT_MATRICES, (rows, rows, hidden), strict=True):
+                        self._observe(f"{self._path}.{name}", expert, entering)
                 output = output.at[positions].add(weights[positions, slots][:, None] * found)
             mx.eval(output)
             del gates, ups, downs, gate, up, down
@@ -168,7 +188,9 @@ class Walk:
     Call `embed`, `pass_layer` for each number in order, `pass_head` where `head` is present, then `logits` at will.
     """
 
-    def __init__(self, folder: Path, dtype: mx.Dtype, require_manifest: bool = False) -> None:
+    def __init__(
+        self, folder: Path, dtype: mx.Dtype, require_manifest: bool = False, observe: Observe | None = None
+    ) -> None:
         model, _ = open_model(folder, require_manifest=require_manifest)
         stored = stored_parameters(folder)
         self.folder, self.args, self.head, self.dtype = folder, model.args, model.head, dtype
@@ -183,9 +205,10 @@ class Walk:
         self._experts: list[Any] = []
         for path, block in zip(paths, blocks, strict=True):
             tensors = _expert_tensors(stored, path)
-            self._experts.append(RoutedExperts(block.ffn.switch_mlp, tensors, model.args, dtype))
+            name = f"{path}.ffn.switch_mlp"
+            self._experts.append(RoutedExperts(block.ffn.switch_mlp, tensors, model.args, dtype, name, observe))
             del block.ffn.switch_mlp
-        self._finish = _densify(model, dtype)
+        self._finish = _densify(model, dtype, observe)
         self._blocks: list[Any] = blocks
         self.streams: list[mx.array] = []
         """Streams [1, L, M, D] of each prompt after the last stage."""
@@ -278,12 +301,12 @@ class Walk:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
-def _densify(model: Model, dtype: mx.Dtype) -> tuple[nn.Module, nn.Module]:
+def _densify(model: Model, dtype: mx.Dtype, observe: Observe | None = None) -> tuple[nn.Module, nn.Module]:
     """Make every matrix dense once it is evaluated; returns the backbone's HyperHead and norm."""
     model.set_compute_dtype(dtype)
     model.dequantize()
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model.update_modules(tree_unflatten([(path, DenseLinear(module.weight)) for path, module in linear]))
+    model.update_modules(tree_unflatten([(path, DenseLinear(module.weight, path, observe)) for path, module in linear]))
     return model.model.hc_head, model.model.norm
 
 

@@ -13,6 +13,7 @@ from ds4convert.cli.session import Session, cli, common, config_bytes, headers_o
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
+    from ds4convert.calibration import Calibration
     from ds4convert.convert import Ending, Source
     from ds4convert.inventory import Inventory
     from ds4convert.plan import Options
@@ -27,6 +28,7 @@ class Planned:
     plan: Plan
     fit: JSON | None = None
     ending: Ending | None = None
+    calibration: Calibration | None = None
 
 
 def _options(
@@ -104,8 +106,11 @@ def _planned(src: str | None, config: str | None, choices: dict[str, Any], may_b
     if config is None:
         remote = headers_of(src or "") if may_be_remote and choices["fit"] is None else None
         source = convert.recognised(remote) if remote else convert.open_source(local(src or ""))
-        options, account = _fit(source.inventory, source, options, choices)
-        return Planned(source, convert.make_plan(source, options), account)
+        options, known = _calibrated(source.inventory, options, choices)
+        options, account = _fit(source.inventory, source, options, choices, known)
+        return Planned(source, convert.make_plan(source, options), account, calibration=known)
+    if choices["calibration"]:
+        raise UsageError("--calibration needs the weights: name SRC instead of --config")
     inventory = expected(parse_config(config_bytes(config), config))
     options, account = _fit(inventory, None, options, choices)
     named, files = summary.imagined(inventory)
@@ -120,17 +125,37 @@ def _again(src: str | None, options: Options, choices: dict[str, Any]) -> Planne
         raise UsageError(
             "--from-mlx needs a folder, and --fit measures official checkpoints; use --recipe or --backbone"
         )
-    made = requantize.plan(local(src), options)
-    return Planned(made.source, made.plan, None, made.ending())
+    folder = local(src)
+    base = requantize.opened(folder)
+    options, known = _calibrated(base.inventory, options, choices)
+    made = requantize.plan(base, options)
+    return Planned(made.source, made.plan, None, made.ending(), known)
+
+
+def _calibrated(inventory: Inventory, options: Options, choices: dict[str, Any]) -> tuple[Options, Calibration | None]:
+    """Return the options with the calibration that was named, and that calibration."""
+    if choices["calibration"] is None:
+        return options, None
+    from ds4convert import calibration
+
+    if options.rounding == "nearest":
+        raise UsageError("--calibration weighs the search of --rounding optimal; nearest has no use for it")
+    known = calibration.read(choices["calibration"], inventory)
+    return replace(options, calibration=known), known
 
 
 def _fit(
-    inventory: Inventory, source: Source | None, options: Options, choices: dict[str, Any]
+    inventory: Inventory,
+    source: Source | None,
+    options: Options,
+    choices: dict[str, Any],
+    calibration: Calibration | None = None,
 ) -> tuple[Options, JSON | None]:
     """Return the options with the formats that --fit chooses, and the account of the choice; as they are without."""
     if choices["fit"] is None:
         return options, None
     from ds4convert import convert, fitting, measure
+    from ds4convert.formats.quantize import no_importance
     from ds4convert.inference.load import cache_size_bytes, read_args, working_set_bytes
     from ds4convert.pool import ENOUGH_WEIGHTS, rounding_pool
 
@@ -141,8 +166,10 @@ def _fit(
         found = fitting.fit(inventory, options, measure.imagined(options.rounding), room)
     else:
         convert.make_plan(source, options)  # a checkpoint that is not whole is told of before it is measured
+        weigh = calibration.importance if calibration else no_importance
         with convert.reading(source) as read, rounding_pool(ENOUGH_WEIGHTS) as pool:
-            found = fitting.fit(inventory, options, measure.measured(source.named, options, read, pool), room)
+            errors = measure.measured(source.named, options, read, pool, weigh)
+            found = fitting.fit(inventory, options, errors, room)
     return replace(options, recipe=found.recipe), found.facts
 
 
@@ -189,6 +216,7 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     import time
 
     from ds4convert import convert, report, summary
+    from ds4convert.formats.quantize import no_importance
 
     start = time.monotonic()
     planned = _planned(src, None, choices)
@@ -196,8 +224,9 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     assert source is not None
     _warn_of_head(session, made)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
+    weigh = planned.calibration.importance if planned.calibration else no_importance
     with session.progress(facts["output_bytes"], "converting") as progress:
-        outcome = convert.run(source, made, out, jobs, overwrite, progress, ending=planned.ending)
+        outcome = convert.run(source, made, out, jobs, overwrite, progress, None, weigh, ending=planned.ending)
     seconds = time.monotonic() - start
     facts |= {"seconds": round(seconds, 3), "bytes_per_second": round(facts["output_bytes"] / seconds)}
     facts |= {

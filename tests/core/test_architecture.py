@@ -18,7 +18,7 @@ CORE = {
 }  # fmt: skip
 SHELL = {
     "files", "folder", "sidefiles", "journal", "execute", "convert", "manifest", "logical", "compare", "verify",
-    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool", "requantize",
+    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool", "requantize", "calibration",
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
@@ -44,6 +44,7 @@ ALLOWED = {
         "formats/packing.py",
         "formats/samples.py",
         "measure.py",
+        "calibration.py",
         "pace.py",
         "logical.py",
         "compare.py",
@@ -55,6 +56,7 @@ ALLOWED = {
     "huggingface_hub": {"hub.py", "hub_errors.py", "pull.py"},
     "mlx": {"generation.py", "serving/seam.py", "formats/arrays.py"},
     "mlx_lm": {"generation.py", "serving/seam.py", "serving/handler.py", "serving/server.py"},
+    "safetensors": {"calibration.py"},
     "xxhash": {"execute.py", "mtp_check.py", "assembly.py"},
 }
 
