@@ -6,7 +6,8 @@ on paper and with a screen reader. Shows only what `verify --json` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -95,12 +96,14 @@ def page(name: str, facts: JSON) -> str:
     """Return the page about the folder called `name`, from the facts of `verify --json` and `groups`."""
     parts = [part for part in _drawn(facts) if part]
     parts.append(_groups(facts))
+    pictures = _losses(facts)
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="dim">Checked by ds4convert {escape(tool_version())} verify{escape(_how(facts))}</p>',
         _verdict(facts),
         _tiles(facts),
         f'<div class="cards">{"".join(parts)}</div>',
+        pictures,
         _reference(facts),
         _checks(facts),
     ]
@@ -242,6 +245,71 @@ def _groups(facts: JSON) -> str:
         for g in groups
     ]  # fmt: skip
     return _section("Bytes and format per group", "The head's groups begin with mtp.", chart("Bytes per group", bars))
+
+
+CELL, LABELS = 16, 150
+"""Of a map: the side of a cell, and the room for names to its left."""
+
+LEAST_ERROR = 1e-6
+"""The relative squared error that is shown as none, in a map."""
+
+
+def heat(title: str, rows: Sequence[JSON], value: Callable[[JSON], float], told: Callable[[JSON], str]) -> str:
+    """Return a map as inline SVG: a line per group, a cell per layer; `value` 0 to 1 is how dark, `told` its title."""
+    groups = list(dict.fromkeys(r["group"] for r in rows))
+    layers = sorted({r["layer"] for r in rows if r["layer"] is not None})
+    column = {n: i for i, n in enumerate(layers)}
+    out = []
+    for line, group in enumerate(groups):
+        top = line * CELL
+        out.append(f'<text x="0" y="{top + 12}">{escape(group.replace("_", " "))}</text>')
+        for r in (r for r in rows if r["group"] == group):
+            left = LABELS + column.get(r["layer"], 0) * CELL
+            shade = max(0.0, min(1.0, value(r)))
+            out.append(
+                f'<rect class="a" x="{left}" y="{top}" width="{CELL - 2}" height="{CELL - 2}" '
+                f'fill-opacity="{shade:.3f}" stroke="currentColor" stroke-opacity=".25">'
+                f"<title>{escape(told(r))}</title></rect>"
+            )
+    wide, high = LABELS + max(1, len(layers)) * CELL, len(groups) * CELL
+    spoken = "; ".join(told(r) for r in rows[:200])
+    return (
+        f'<svg class="map" viewBox="0 0 {wide} {high}" style="max-width:{wide}px" role="img" '
+        f'aria-label="{escape(f"{title}. {spoken}")}">{"".join(out)}</svg>'
+    )
+
+
+def _place(r: JSON) -> str:
+    where = "" if r["layer"] is None else f", layer {r['layer']}"
+    return f"{r['group']}{where}, {' '.join(r['formats'])}"
+
+
+def _losses(facts: JSON) -> str:
+    """What rounding cost and the bits per weight, as maps of groups and layers; nothing where nothing was rounded."""
+    rows = facts.get("losses", [])
+    if not rows:
+        return ""
+    worst = max(r["relative_square"] for r in rows)
+    span = math.log(max(worst, 10 * LEAST_ERROR) / LEAST_ERROR)
+    widest = max(r["bits_per_weight"] for r in rows)
+    error = heat(
+        "Relative squared error by group and layer",
+        rows,
+        lambda r: math.log(max(r["relative_square"], LEAST_ERROR) / LEAST_ERROR) / span,
+        lambda r: f"{_place(r)}: {r['relative_square']:.3g}",
+    )
+    bits = heat(
+        "Bits per weight by group and layer",
+        rows,
+        lambda r: r["bits_per_weight"] / widest,
+        lambda r: f"{_place(r)}: {r['bits_per_weight']:.2f} bits",
+    )
+    note = f"A line per group, a cell per layer. Darkest: {worst:.3g} of the squared values; white: nothing lost."
+    wide = f"Darkest: {widest:.2f} bits per weight, scales counted."
+    return (
+        f'<div class="wide">{_section("What rounding cost", note, error)}</div>'
+        f'<div class="wide">{_section("Bits per weight", wide, bits)}</div>'
+    )
 
 
 def _reference(facts: JSON) -> str:

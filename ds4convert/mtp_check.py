@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds4convert import layerwise_check, logical, mtp_facts, prompts, verdict, verify
+from ds4convert import layerwise_check, logical, losses, manifest, mtp_facts, prompts, verdict, verify
 from ds4convert.errors import Ds4Error, InputError, UsageError
 from ds4convert.folder import read_checkpoint, resolve_inside
 from ds4convert.types import JSON, TensorInfo
@@ -112,6 +112,7 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
         out.checks += verify.against_source(request.folder, request.source, request.jobs, progress)
     if request.wants_report:
         out.facts["groups"] = mtp_facts.groups(request.folder)
+        out.facts["losses"] = losses.by_layer(manifest.read(request.folder))
     if plan is not None and request.layerwise:
         ids = [list(p.ids) for p in plan.prompts]
         checks, out.facts["layerwise"] = layerwise_check.run(

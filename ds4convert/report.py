@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ds4convert import losses
 from ds4convert.inspection import Inspection
 from ds4convert.types import JSON
 from ds4convert.verify import Check
@@ -66,6 +67,7 @@ def inspection(found: Inspection) -> str:
         lines.append(found.note)
     rows = [(g["name"], f"{g['tensors']:,}", size(g["bytes"]), " ".join(g["dtypes"])) for g in facts["groups"]]
     lines += ["", table(("group", "tensors", "bytes", "dtypes"), rows)]
+    lines += lost(losses.by_layer(found.manifest))
     if found.problems:
         lines += ["", f"{len(found.problems)} problems:"] + [f"  {p}" for p in found.problems[:20]]
         if len(found.problems) > 20:
@@ -73,6 +75,25 @@ def inspection(found: Inspection) -> str:
     elif found.format in {"official", "mlx"}:
         lines += ["", "Complete: nothing missing, extra or misshapen."]
     return "\n".join(lines)
+
+
+def lost(rows: Sequence[JSON]) -> list[str]:
+    """Return the lines of a table of what rounding cost each group; none where nothing was rounded."""
+    if not rows:
+        return []
+    cells = [
+        (
+            g["group"],
+            " ".join(g["formats"]),
+            f"{g['bits_per_weight']:.2f}",
+            f"{g['relative_square']:.4%}",
+            f"{g['worst']:.4%}" + ("" if g["worst_layer"] is None else f" in layer {g['worst_layer']}"),
+            f"{g['max_abs']:.3g}",
+        )
+        for g in losses.by_group(list(rows))
+    ]
+    head = ("matrices", "formats", "bits", "squared error", "worst", "largest error")
+    return ["", "What rounding cost, relative to the squared values of the source:", table(head, cells)]
 
 
 def tensors(rows: Sequence[JSON]) -> str:

@@ -77,7 +77,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
              ds4convert inspect hf://deepseek-ai/DeepSeek-V4-Flash
              ds4convert inspect --config flash --tensors 'mtp.0.*proj*'
     """
-    from ds4convert import inspection, report
+    from ds4convert import inspection, losses, report
 
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
@@ -88,7 +88,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
     else:
         found = inspection.inspect(local(src or ""))
     if tensors is None:
-        session.emit(found.as_json(), report.inspection(found))
+        session.emit(found.as_json() | {"losses": losses.by_layer(found.manifest)}, report.inspection(found))
     else:
         rows = found.matching(tensors)
         session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))

@@ -22,7 +22,7 @@ SHELL = {
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",
-    "layerwise_check", "demo", "hub", "hub_errors", "pace", "pull", "serving", "choices", "cli", "__main__", "__init__",
+    "layerwise_check", "demo", "hub", "hub_errors", "pace", "losses", "pull", "serving", "choices", "cli", "__main__", "__init__",
 }  # fmt: skip
 RINGS = dict.fromkeys(CORE, 0) | dict.fromkeys(SHELL, 1) | dict.fromkeys(EDGE, 2)
 """A new module has to be placed in a ring here."""
