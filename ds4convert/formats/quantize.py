@@ -95,7 +95,9 @@ def _encode_bf16(c: Chunk) -> Encoded | Unfit:
 
 
 def _encode_values(c: Chunk, values: scalars.F32) -> Encoded | Unfit:
-    if not np.isfinite(values.sum(dtype=np.float64)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        plain = np.isfinite(values.sum())  # else look closer: the sum of good values may be infinite
+    if not plain:
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             return Unfit(int(bad[0]), float(values.reshape(-1)[bad[0]]))
