@@ -53,7 +53,9 @@ def cases() -> Iterator[Case]:
             yield Case(name, native.overridden(None, None, f"affine-{bits}-g64"), rounding)
 
 
-def measured(case: Case, out: Path, source: convert.Source, known: calibration.Calibration, texts: list[list[int]]):
+def measured(
+    case: Case, out: Path, source: convert.Source, known: calibration.Calibration, texts: list[list[int]]
+) -> tuple[LayerwiseResult, int]:
     options = plans.Options(case.recipe, layout_of("inline"), rounding=case.rounding)
     if case.calibrated:
         options = replace(options, calibration=known)
