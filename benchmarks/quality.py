@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,8 +40,11 @@ class Case:
 def cases() -> Iterator[Case]:
     native = recipe_of("native")
     yield Case("native", native, "optimal")
-    for kind, pick in (("recipe q{}", lambda b: recipe_of(f"q{b}")),
-                       ("backbone affine-{}-g64", lambda b: native.overridden(f"affine-{b}-g64", None, None))):  # fmt: skip
+    kinds: tuple[tuple[str, Callable[[int], Recipe]], ...] = (
+        ("recipe q{}", lambda b: recipe_of(f"q{b}")),
+        ("backbone affine-{}-g64", lambda b: native.overridden(f"affine-{b}-g64", None, None)),
+    )
+    for kind, pick in kinds:
         for bits in WIDTHS:
             name, recipe = kind.format(bits), pick(bits)
             yield Case(name, recipe, "nearest")
