@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds4convert.inference.calibrate import collect
-
 from ds4convert import calibration, convert, prompts
 from ds4convert import plan as plans
 from ds4convert.formats.quantize import no_importance
 from ds4convert.generation import read_tokenizer
+from ds4convert.inference.calibrate import collect
 from ds4convert.inference.layerwise import LayerwiseResult, run_layerwise
 from ds4convert.layouts import layout_of
 from ds4convert.recipes import Recipe, recipe_of

@@ -467,7 +467,7 @@ def test_a_linked_source_folder_is_followed(source: Path, tmp_path: Path) -> Non
     [
         ("formats = ", "not valid TOML"),
         ("a = 1\n[formats]", "check: a"),
-        ("[formats]\nheads = 'bf16'", "check: formats"),
+        ("[formats]\nheads = 'bf16'", "no role is called 'heads'"),
         ("formats = 3", "check: formats"),
         ("[formats]\nmtp = 'int3'", "mtp = 'int3'; this version writes: native, bf16"),
         ("[formats]\nmtp = []", "mtp = []"),
