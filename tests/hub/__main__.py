@@ -1,0 +1,5 @@
+"""`python -m tests.hub FOLDER`."""
+
+from tests.hub.server import main
+
+main()

@@ -1,0 +1,1 @@
+from tests.hub.fixtures import hub  # noqa: F401
