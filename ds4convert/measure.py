@@ -54,12 +54,12 @@ def options(inventory: Inventory, errors: Errors) -> dict[Unit, list[Option]]:
     Errors are parts of the whole: 1 would be to lose all that a token meets. They are asked for on all cores.
     """
     found, active = units(inventory), inventory.config.dims["K"] / inventory.config.dims["E"]
-    met = {m.name + str(m.block): m.weights * (active if m.experts else 1) for ms in found.values() for m in ms}
+    met = {m.name: m.weights * (active if m.experts else 1) for ms in found.values() for m in ms}
     whole = sum(met.values())
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1, "measure") as threads:
         made = {
             unit: [
-                threads.submit(_option, name, modules, [met[m.name + str(m.block)] / whole for m in modules], errors)
+                threads.submit(_option, name, modules, [met[m.name] / whole for m in modules], errors)
                 for name in CANDIDATES
             ]
             for unit, modules in found.items()

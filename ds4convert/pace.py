@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ds4convert.pool import ENOUGH_WEIGHTS, rounding_pool
+from ds4convert.pool import Pool, rounding_pool
 from ds4convert.types import Plan
 
 if TYPE_CHECKING:
@@ -36,22 +36,23 @@ def rounding(plan: Plan) -> float:
         if step.transform in STORES:
             key = (step.transform, str(step.params["codec"]), str(step.params["rounding"]))
             weights[key] = weights.get(key, 0) + step.weights
-    return sum(n / _rate(*key) for key, n in weights.items())
+    if not weights:
+        return 0.0
+    with rounding_pool(sum(weights.values())) as pool:
+        return sum(n / _rate(pool, *key) for key, n in weights.items())
 
 
-def _rate(transform: str, codec: str, rounding: str) -> float:
-    """Return weights per second of one kind of rounding, all cores together: as a run does it, in processes."""
+def _rate(pool: Pool, transform: str, codec: str, rounding: str) -> float:
+    """Return weights per second of one kind of rounding, all cores together: as a run does it."""
     from ds4convert.formats.quantize import STORES
 
     store = STORES[transform]
     chunk = _chunk("bf16" if store == "codec" else store, codec, rounding)  # decoding is the least part of it
-    with rounding_pool(ENOUGH_WEIGHTS) as pool:
-        for round_ in range(2):  # the first one starts the processes and makes their tables
-            start = time.perf_counter()
-            for future in [pool.submit(chunk.encoded) for _ in range(pool.cores * (1 + round_))]:
-                future.result()
-        taken = time.perf_counter() - start
-    return 2 * pool.cores * chunk.rows * chunk.cols / taken
+    for _ in range(2):  # the first time starts the processes and makes their tables
+        start = time.perf_counter()
+        for future in [pool.submit(chunk.encoded) for _ in range(2 * pool.cores)]:
+            future.result()
+    return 2 * pool.cores * chunk.rows * chunk.cols / (time.perf_counter() - start)
 
 
 def _chunk(store: str, codec: str, rounding: str) -> Chunk:

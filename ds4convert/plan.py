@@ -125,15 +125,7 @@ def build(
     encoded = encode(inventory, options)
     if not options.keep_mtp:
         encoded = [(m, f, e) for m, f, e in encoded if m.part == BACKBONE]
-    files: list[OutputFile] = []
-    steps: list[Step] = []
-    limit = options.max_shard_bytes
-    backbone = [x for x in encoded if x[0].part == BACKBONE]
-    draw = partial(lay_out, files, steps, partial(step_of, named, options))
-    draw(items(backbone, None), limit, "", "model", True)
-    for at in places:
-        head = [x for x in encoded if x[0].part == HEAD]
-        draw(items(head, at), limit, at.folder, at.file, False)
+    files, steps = draw(encoded, places, partial(step_of, named, options), options.max_shard_bytes)
     made, table = texts(inventory, options.layout, places, encoded, files, steps, has_head)
     unsigned = Plan(
         id="",
@@ -203,10 +195,27 @@ def _draft(path: str, spec: Spec) -> Draft:
     return Draft(name, spec.dtype, spec.shape, math.prod(spec.shape) * headers.DTYPE_BYTES[spec.dtype])
 
 
+def draw(
+    encoded: Sequence[tuple[Module, str, Encoding]], places: Sequence[HeadPlace], make: Make, limit: int
+) -> tuple[list[OutputFile], list[Step]]:
+    """Return all files and steps: those of the backbone, then those of the head at each of its places."""
+    files: list[OutputFile] = []
+    steps: list[Step] = []
+    backbone, head = ([x for x in encoded if x[0].part == part] for part in (BACKBONE, HEAD))
+    lay_out(files, steps, make, items(backbone, None), limit, "", "model", True)
+    for at in places:
+        lay_out(files, steps, make, items(head, at), limit, at.folder, at.file, False)
+    return files, steps
+
+
+Make = Callable[["Item", tuple[Output, ...]], Step]
+"""Makes the step of an item, given its outputs with their places."""
+
+
 def lay_out(
     files: list[OutputFile],
     steps: list[Step],
-    make: Callable[[Item, tuple[Output, ...]], Step],
+    make: Make,
     groups: list[list[Item]],
     limit: int,
     folder: str,

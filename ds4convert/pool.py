@@ -86,7 +86,7 @@ class Pool:
     """Runs work on all cores. `processes` false: in threads of this interpreter, for little work and for GPUs."""
 
     def __init__(self, processes: bool) -> None:
-        self.cores = os.cpu_count() or 1
+        self.cores = workers()
         self._processes = processes
         self._threads = ThreadPoolExecutor(self.cores, "round")
         self._workers: list[_Worker] = []
@@ -117,12 +117,28 @@ class Pool:
 ENOUGH_WEIGHTS = 16 << 20
 """Weights to round from which on starting processes pays."""
 
+MOST_WORKERS = 8
+"""Worker processes at most: each is an interpreter with numpy, and a run is to stay below 1 GB in all."""
 
-def rounding_pool(weights: int) -> Pool:
-    """Return a pool for rounding so many weights: processes, but for little work and where a GPU does it."""
+WORKER_BYTES = 100 << 20
+"""Memory of a worker process (measured: 85 to 95 MB)."""
+
+
+def workers() -> int:
+    """Return how many pieces of work go on at once."""
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def uses_processes(weights: int) -> bool:
+    """Return whether rounding so many weights is done in processes: not for little, and not where a GPU does it."""
     from ds4convert.formats.arrays import on_host
 
-    return Pool(weights >= ENOUGH_WEIGHTS and on_host())
+    return weights >= ENOUGH_WEIGHTS and on_host()
+
+
+def rounding_pool(weights: int) -> Pool:
+    """Return a pool for rounding so many weights."""
+    return Pool(uses_processes(weights))
 
 
 def serve() -> None:

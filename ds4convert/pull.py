@@ -306,6 +306,7 @@ def pull_files(repo: Repo, dest: Path, with_shards: bool, jobs: int, progress: P
             raise OutputError(f"{path}: is a link; remove it, or choose another folder")
     disable_progress_bars()
     left_out = [] if with_shards else ["*.safetensors"]
+    missing = sum(f.size for f in wanted if not (dest / f.name).is_file())
     with hub_errors(repo.name):
         snapshot_download(
             repo.name, revision=repo.commit, local_dir=dest, ignore_patterns=left_out, max_workers=jobs,
@@ -321,7 +322,7 @@ def pull_files(repo: Repo, dest: Path, with_shards: bool, jobs: int, progress: P
                 f"removed. {AGAIN}"
             )
         progress(file.size)
-    return _facts(repo, dest, sorted(f.name for f in wanted), sum(f.size for f in wanted))
+    return _facts(repo, dest, sorted(f.name for f in wanted), missing)
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:

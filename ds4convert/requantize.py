@@ -20,7 +20,7 @@ from ds4convert.formats.codecs import CODECS
 from ds4convert.inventory import BACKBONE, HEAD, Module, Named
 from ds4convert.layouts import key_of
 from ds4convert.stored import Stored, StoredModule
-from ds4convert.types import JSON, ByteRange, LeftOut, Output, OutputFile, Plan, Step
+from ds4convert.types import JSON, ByteRange, LeftOut, Output, Plan, Step
 
 SAME_BYTES = {"mxfp4": ("fp4", (1, MX_GROUP)), "mxfp8": ("fp8", (1, MX_GROUP))}
 """Formats of MLX that lie as one of the official checkpoint's does: its store, and the tile of one scale."""
@@ -69,14 +69,9 @@ def plan(base: Stored, options: plans.Options) -> Again:
     options.recipe.check(inventory)
     chosen = [m for m in base.modules if m.module.part == BACKBONE or has_head]
     encoded = [(m.module, *_encode(m, options)) for m in chosen]
-    files: list[OutputFile] = []
-    steps: list[Step] = []
-    draw = partial(plans.lay_out, files, steps, partial(_step, {key_of(m.module): m for m in chosen}, options))
-    limit = options.max_shard_bytes
-    draw(plans.items([x for x in encoded if x[0].part == BACKBONE], None), limit, "", "model", True)
     places = options.layout.places(inventory.head_kind, inventory.stages) if has_head else ()
-    for at in places:
-        draw(plans.items([x for x in encoded if x[0].part == HEAD], at), limit, at.folder, at.file, False)
+    make = partial(_step, {key_of(m.module): m for m in chosen}, options)
+    files, steps = plans.draw(encoded, places, make, options.max_shard_bytes)
     texts, table = plans.texts(inventory, options.layout, places, encoded, files, steps, has_head)
     copies, added, left = stored.small_files(base)
     made = Plan(
@@ -131,7 +126,7 @@ def _encode(found: StoredModule, options: plans.Options) -> tuple[str, Encoding]
     codec = CODECS.get(was.label) if was.table is not None else None
     dense = "native" if codec else was.label
     if name in ("native", was.label, dense) or (name == "bf16" and codec is None) or not found.module.may_quantize:
-        parts = tuple(Part((spec,), "copy", (), {}) for spec, _, _ in _outputs(found))
+        parts = tuple(Part((spec,), "copy", (spec.suffix,), {}) for spec, _, _ in _outputs(found))
         return was.label, Encoding(parts, was.table, was.label)
     made = ENCODERS[name](_as_source(found))
     if codec is None or codec.name in SAME_BYTES:
@@ -142,7 +137,8 @@ def _encode(found: StoredModule, options: plans.Options) -> tuple[str, Encoding]
     rows, cols = found.module.shape
     params = {"rows": rows, "cols": cols, "tile_rows": 1, "tile_cols": cols, **part.params, "from": codec.name}
     label = "bf16" if name == "bf16" else made.label
-    return name, Encoding((Part(outputs, transform, (), params),), made.table, label)
+    operands = tuple(spec.suffix for spec, _, _ in _outputs(found))
+    return name, Encoding((Part(outputs, transform, operands, params),), made.table, label)
 
 
 def _as_source(found: StoredModule) -> Module:
@@ -151,13 +147,15 @@ def _as_source(found: StoredModule) -> Module:
     return replace(found.module, store=store, tile=tile, fused=None)
 
 
+OPERANDS = {"scale": "scales"}
+"""Operands of an official checkpoint that MLX calls otherwise."""
+
+
 def _step(by_key: dict[str, StoredModule], options: plans.Options, item: plans.Item, outputs: Sequence[Output]) -> Step:
     """Return the step that makes `outputs` of a stored module's tensors."""
     module, part = item.module, item.part
-    found = _outputs(by_key[key_of(module)])
-    if part.transform in ("copy", "copy_e4m3", "copy_e8m0", "tile_e8m0"):
-        suffix = part.outputs[0].suffix
-        found = [x for x in found if x[0].suffix == suffix] or found[:1]
+    stored_as = {spec.suffix: (spec, name, at) for spec, name, at in _outputs(by_key[key_of(module)])}
+    found = [stored_as[OPERANDS.get(o, o)] for o in part.operands]
     params = dict(part.params) | plans.rounding_params(module, part, options)
     if module.experts:  # one tensor holds all experts
         params |= {"fused_first_row": 0, "fused_first_scale_row": 0}

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from ds4convert import pace
 from ds4convert import plan as plans
+from ds4convert import pool
 from ds4convert.execute import BUFFERS
 from ds4convert.files import free_bytes
+from ds4convert.formats.quantize import STORES
 from ds4convert.formats.transforms import CHUNK_BYTES, numbers
 from ds4convert.headers import DTYPE_BYTES
 from ds4convert.inspection import group_of
@@ -22,6 +23,9 @@ BASE_BYTES = 60 << 20
 STEP_BYTES, SOURCE_BYTES = 2_500, 1_000
 """What a step and a source tensor (header entry, names, ranges) take in memory, measured on Flash's inventory."""
 
+TILE_BYTES = 40 << 20
+"""What rounding one chunk takes in the run's own process: its values, codes and errors, and tiles of them."""
+
 RAM_SIZES_GB = (32, 64, 96, 128, 192, 256, 512)
 USABLE = 0.75
 """The part of a Mac's memory that Metal may use by default."""
@@ -33,7 +37,14 @@ def peak_memory(plan: Plan, jobs: int) -> int:
     sizes = (numbers(s) for s in plan.steps)
     made = max((p.get("rows", 0) * p.get("cols", 0) // 32 for p in sizes), default=0)
     worker = (BUFFERS + 6) * CHUNK_BYTES + min(2 * made, 64 << 20)
-    return BASE_BYTES + STEP_BYTES * len(plan.steps) + SOURCE_BYTES * tensors + min(jobs, len(plan.files)) * worker
+    rounded = sum(s.weights for s in plan.steps if s.transform in STORES)
+    return (
+        BASE_BYTES
+        + STEP_BYTES * len(plan.steps)
+        + SOURCE_BYTES * tensors
+        + min(jobs, len(plan.files)) * worker
+        + (pool.workers() * (pool.WORKER_BYTES if pool.uses_processes(rounded) else TILE_BYTES) if rounded else 0)
+    )
 
 
 def summarise(plan: Plan, out: Path, jobs: int) -> JSON:
@@ -54,7 +65,6 @@ def summarise(plan: Plan, out: Path, jobs: int) -> JSON:
         "free_bytes": free_bytes(out.absolute()),
         "peak_memory_bytes": peak_memory(plan, jobs),
         "bits_per_weight": round(8 * stored / weights, 4) if weights else None,
-        "seconds_estimate": round(pace.seconds(plan)),
         "fits_in_ram": {f"{gb} GB": size <= gb * 1e9 * USABLE for gb in RAM_SIZES_GB},
         "groups": groups(plan),
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],

@@ -53,6 +53,19 @@ def _options(
     return Options(chosen, place, keep_mtp, limit, hashing, source, rounding)
 
 
+def _warn_of_no_effect(session: Session, choices: dict[str, Any]) -> None:
+    """Say of an option that was given and that this run has no use for that it has none, as `verify` does."""
+    given = click.get_current_context().get_parameter_source("context")
+    if given is click.core.ParameterSource.COMMANDLINE and choices["fit"] is None:
+        session.warn("--context has no effect here; it is for --fit")
+
+
+def _warn_of_rounding(session: Session, made: Plan) -> None:
+    """Say so where a calibration was given and nothing is rounded by it."""
+    if not any("importance" in s.params for s in made.steps):
+        session.warn("--calibration has no effect here: with these formats nothing is rounded that it knows of")
+
+
 def _warn_of_head(session: Session, made: Plan) -> None:
     """Say what is known where the head is not written at its own precision."""
     lossy = sorted({s.format for s in made.steps if s.part == "mtp" and s.transform.startswith("quantize_")})
@@ -62,6 +75,12 @@ def _warn_of_head(session: Session, made: Plan) -> None:
             "head's acceptance fell from 59 % to 4 %. Run `ds4convert verify OUT --mtp` before you rely "
             "on it; `--mtp native` (the default) keeps it exact."
         )
+
+
+def _warn(session: Session, planned: Planned) -> None:
+    _warn_of_head(session, planned.plan)
+    if planned.calibration is not None:
+        _warn_of_rounding(session, planned.plan)
 
 
 @cli.command()
@@ -190,14 +209,16 @@ def plan(
              ds4convert plan --config flash --fit 96GB --context 32768
              ds4convert plan hf://deepseek-ai/DeepSeek-V4-Flash
     """
-    from ds4convert import report, summary
+    from ds4convert import pace, report, summary
 
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
+    _warn_of_no_effect(session, choices)
     planned = _planned(src, config, choices, may_be_remote=True)
     made = planned.plan
-    _warn_of_head(session, made)
+    _warn(session, planned)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
+    facts["seconds_estimate"] = round(pace.seconds(made))
     session.emit(facts | ({"steps": summary.full(made)} if full else {}), report.plan(facts))
 
 
@@ -219,10 +240,11 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     from ds4convert.formats.quantize import no_importance
 
     start = time.monotonic()
+    _warn_of_no_effect(session, choices)
     planned = _planned(src, None, choices)
     source, made = planned.source, planned.plan
     assert source is not None
-    _warn_of_head(session, made)
+    _warn(session, planned)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
     weigh = planned.calibration.importance if planned.calibration else no_importance
     with session.progress(facts["output_bytes"], "converting") as progress:

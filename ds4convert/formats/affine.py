@@ -4,12 +4,13 @@ A group of n values is stored as codes q of some bits with value `q * scale + bi
 BF16, which is how MLX's matmul kernels read it. Arrays lie as `[n, groups]`: sums over a group run along the first
 axis, where both numpy and a GPU are fast. The search works on values of about 1, so that squares stay in range.
 
-The search: many starting ranges, the least squares scale and bias for the codes of each (closed form), again for the
-best one until nothing is gained, then the BF16 values around it with new codes for each.
+The search: many starting ranges, the least squares scale and bias for the codes of each (closed form), a few times
+again for the best one, then the BF16 values around it with new codes for each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,8 @@ TINY = 2.0**-100
 MLX_LEAST_SCALE = np.float32(1e-7)
 """What mx.quantize makes of a range of zero."""
 
-REFITS = 6
-"""Rounds of codes and closed form at most; most groups gain nothing after three."""
+REFITS = 2
+"""Rounds of codes and closed form after the first, at most: each costs as much as a start."""
 
 
 def plain(x: F32, top: int) -> tuple[F32, F32, F32]:
@@ -92,6 +93,11 @@ class Search:
     def _codes(self, scale: Any, bias: Any) -> Any:
         return self.ops.codes(self.x, scale, bias, self.top, self.room)
 
+    def nothing(self) -> Found:
+        """Return what everything is better than."""
+        zero = self.first * 0
+        return Found(zero + math.inf, zero, zero)
+
     def fit(self, scale: Any, bias: Any) -> tuple[Any, Any, Any]:
         """Return (error, scale, bias) of the least squares line through the codes that `scale` and `bias` give."""
         xp, dot = self.xp, self.ops.dot
@@ -114,19 +120,14 @@ class Search:
         """Return the best fit from ranges cut by a part of the whole at the low and at the high end, each refitted."""
         low, high = self.x.min(axis=0), self.x.max(axis=0)
         width = self.xp.maximum(high - low, TINY)
-        found: Found | None = None
+        found = self.nothing()
         for below, above in starts:
-            fitted = self.fit(width * ((1 - below - above) / self.top), low + below * width)
-            if found is None:
-                found = Found(*fitted)
-            else:
-                found.better(*fitted, self.xp)
-        assert found is not None
+            found.better(*self.fit(width * ((1 - below - above) / self.top), low + below * width), self.xp)
         return found
 
-    def refit(self, found: Found, rounds: int = REFITS) -> None:
-        """Fit again for the codes of the best fit until no group gains."""
-        for _ in range(rounds):
+    def refit(self, found: Found) -> None:
+        """Fit again for the codes of the best fit, while any group gains."""
+        for _ in range(REFITS):
             before = found.error
             error, scale, bias = self.fit(found.scale, found.bias)
             found.better(error, scale, bias, self.xp)
@@ -138,7 +139,7 @@ class Search:
 
         `scales` and `biases` are steps of BF16 from the values cut off towards zero.
         """
-        ops = self.ops
+        ops, best = self.ops, best or self.nothing()
         middle = self._sum(self._codes(scale, bias)) / self.total
         mean = self.first / self.total + self.mean
         for up in scales:
@@ -146,12 +147,7 @@ class Search:
             wanted = mean - near * middle
             for shift in biases:
                 offset = ops.bf16_at(wanted, shift)
-                error = self.error(near, offset - self.mean)
-                if best is None:
-                    best = Found(error, near, offset)
-                else:
-                    best.better(error, near, offset, self.xp)
-        assert best is not None
+                best.better(self.error(near, offset - self.mean), near, offset, self.xp)
         return best
 
     def covering(self, steps: Iterable[tuple[int, int]]) -> Found:
@@ -159,18 +155,13 @@ class Search:
 
         `steps` are (steps of the scale from that one, steps of the bias), both first cut off towards zero.
         """
-        ops, best = self.ops, None
+        ops, best = self.ops, self.nothing()
         low, high = self.x.min(axis=0), self.x.max(axis=0)
         least = self.xp.maximum((high - low) / self.top, TINY)
         for up, shift in steps:
             scale = ops.bf16_at(least, up)
             offset = ops.bf16_at(low + self.mean - (self.top * scale - (high - low)) * 0.5, shift)
-            error = self.error(scale, offset - self.mean)
-            if best is None:
-                best = Found(error, scale, offset)
-            else:
-                best.better(error, scale, offset, self.xp)
-        assert best is not None
+            best.better(self.error(scale, offset - self.mean), scale, offset, self.xp)
         return best
 
 
@@ -214,7 +205,7 @@ def search(ops: Arrays, x: Any, weight: Any, bits: int) -> tuple[Any, Any]:
     # With 8 bits, how the ends fall on BF16 matters more than what a line fits.
     best = look.covering(COVERING) if bits == 8 else None
     found = look.from_starts(STARTS[bits])
-    look.refit(found, 2)
+    look.refit(found)
     best = look.stored(found.scale, found.bias, best, (0, 1), (0, 1))
     best = look.stored(best.scale, best.bias - look.mean, best, (-1, 1), (0, 1))
     return best.scale, best.bias

@@ -103,6 +103,6 @@ def search(ops: Arrays, counted: F32, bits: int) -> tuple[Any, Any]:
         return scale, bias
     look = Search(ops, ops.put(values())[:, None], counts.T, bits)
     found = Found(*look.fit(scale, bias - look.mean))
-    look.refit(found, 2)
+    look.refit(found)
     stored = look.stored(found.scale, found.bias, Found(error, scale, bias), (0, 1), (0, 1))
     return stored.scale, stored.bias
