@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=sorted(CODECS))
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # as the workers of a run have it
     print("| source | format | mx.quantize | nearest | optimal | nearest, ratio | optimal, ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:

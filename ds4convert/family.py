@@ -11,7 +11,7 @@ import operator
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -93,7 +93,13 @@ class Family:
 
 def evaluate(expression: str, dims: Dims) -> int:
     """Return the value of a shape expression such as `(2+M)*M`: whole numbers, names of dims, + * // only."""
-    return _node(ast.parse(expression, mode="eval").body, dims, expression)
+    return _node(_parsed(expression), dims, expression)
+
+
+@lru_cache(maxsize=256)
+def _parsed(expression: str) -> ast.expr:
+    """Return the expression as a tree; a family has a few dozen of them, each evaluated for every layer."""
+    return ast.parse(expression, mode="eval").body
 
 
 def _node(node: ast.expr, dims: Dims, expression: str) -> int:

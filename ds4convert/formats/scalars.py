@@ -54,6 +54,11 @@ def e8m0_values() -> F32:
     return np.array(values, dtype=np.float32)
 
 
+def all_bf16(values: F32) -> bool:
+    """Return whether BF16 holds every one of `values` float32 as it is."""
+    return not np.bitwise_or.reduce(np.ascontiguousarray(values, np.float32).view(np.uint32), axis=None) & 0xFFFF
+
+
 def bf16_bits(values: F32) -> U16:
     """Return float32 `values` rounded to BF16 (nearest, ties to even) as uint16 bits; NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

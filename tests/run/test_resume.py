@@ -99,7 +99,7 @@ def unfinished(source: Path, options: dict[str, Any], tmp_path: Path, monkeypatc
 
 def test_an_unfinished_folder_fails_verify_which_says_so(unfinished: Path, source: Path) -> None:
     done = s.cli("verify", unfinished, exit_code=1)
-    assert "unfinished" in done.stdout and "repeat the quantize command" in done.stdout
+    assert "unfinished" in done.stdout and "repeat the command that wrote it" in done.stdout
     assert "finished" in s.failed_checks(unfinished, "--source", source)
 
 
