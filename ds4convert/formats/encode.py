@@ -58,7 +58,8 @@ def _by_mlx(values: F32, codec: Codec) -> Encoded:
     """Return BF16 values as mx.quantize rounds them, by itself: it is faster than its steps taken one by one."""
     import mlx.core as mx
 
-    weight, scales, biases = mx.quantize(mx.array(values).astype(mx.bfloat16), **codec.table())
+    x = mx.array(values).astype(mx.bfloat16)
+    weight, scales, biases = mx.quantize(x, codec.group_size, codec.bits)
     mx.eval(weight, scales, biases)
     stored = np.array(weight), np.array(scales.view(mx.uint16)), np.array(biases.view(mx.uint16))
     error = decode(codec, *stored)
