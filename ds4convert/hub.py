@@ -151,7 +151,8 @@ def _request(repo: Repo, file: RemoteFile, start: int, size: int) -> Iterator[by
     transport = errors.HTTPError  # type: ignore[attr-defined,unused-ignore]
     try:
         with get_session().stream("GET", url, headers=head, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
-            if answer.status_code in TRANSIENT:
+            expired = answer.status_code == 403 and answer.history  # of a signed address; the next request gets another
+            if answer.status_code in TRANSIENT or expired:
                 raise _Again(f"the Hub answered HTTP {answer.status_code}", _wait(answer.headers.get("retry-after")))
             if answer.status_code >= 400:
                 with hub_errors(repo.name):

@@ -45,6 +45,8 @@ def translate(error: BaseException, repo: str) -> Ds4Error | None:
         )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
+        if status == 403 and "authorization" not in error.response.request.headers:  # storage, which takes no token
+            return EnvironmentFault(f"{repo}: the address of a file had expired (HTTP 403). {AGAIN}")
         if status in {401, 403}:
             return EnvironmentFault(f"{repo}: the Hub refused the token (HTTP {status}); give one that may read it")
         return EnvironmentFault(f"{repo}: the Hub answered HTTP {status}. {AGAIN}")

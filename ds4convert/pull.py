@@ -35,6 +35,9 @@ RANGE_BYTES = 32 << 20
 """Largest range of one request, and what an interruption costs at most per worker."""
 
 SCAN_BYTES = 16 << 20
+DOWNLOADS = 2
+"""How often a whole file whose bytes came wrong is fetched."""
+
 _NOT_FINITE: dict[str, tuple[str, int, int]] = {
     "F8_E4M3": ("u1", 0x7F, 0x7F), "F8_E8M0": ("u1", 0xFF, 0xFF), "BF16": ("<u2", 0x7F80, 0x7F80),
     "F16": ("<u2", 0x7C00, 0x7C00), "F32": ("<u4", 0x7F800000, 0x7F800000),
@@ -307,21 +310,24 @@ def pull_files(repo: Repo, dest: Path, with_shards: bool, jobs: int, progress: P
     disable_progress_bars()
     left_out = [] if with_shards else ["*.safetensors"]
     missing = sum(f.size for f in wanted if not (dest / f.name).is_file())
-    with hub_errors(repo.name):
-        snapshot_download(
-            repo.name, revision=repo.commit, local_dir=dest, ignore_patterns=left_out, max_workers=jobs,
-            endpoint=repo.endpoint, token=repo.token,
-        )  # fmt: skip
-    disk = Disk()
-    for file in wanted:
-        if not _is_whole(dest / file.name, file):
-            with disk_errors("removing", dest / file.name):
-                disk.remove(dest / file.name)
-            raise EnvironmentFault(
-                f"{repo.name}: {file.name}: the bytes that came do not have the digest that was listed; the file was "
-                f"removed. {AGAIN}"
-            )
-        progress(file.size)
+    for _ in range(DOWNLOADS):
+        with hub_errors(repo.name):
+            snapshot_download(
+                repo.name, revision=repo.commit, local_dir=dest, ignore_patterns=left_out, max_workers=jobs,
+                endpoint=repo.endpoint, token=repo.token,
+            )  # fmt: skip
+        bad = [f.name for f in wanted if not _is_whole(dest / f.name, f)]
+        for name in bad:
+            with disk_errors("removing", dest / name):
+                Disk().remove(dest / name)
+        if not bad:
+            break
+    else:
+        raise EnvironmentFault(
+            f"{repo.name}: {', '.join(bad)}: the bytes that came do not have the digest that was listed, {DOWNLOADS} "
+            f"times; removed. {AGAIN}"
+        )
+    progress(sum(f.size for f in wanted))
     return _facts(repo, dest, sorted(f.name for f in wanted), missing)
 
 

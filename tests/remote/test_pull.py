@@ -1,72 +1,69 @@
-"""`pull` and `hf://` sources against a hub on loopback: what is fetched, what is refused, what is gone on with."""
+"""`pull` and `hf://` sources against a local Hub: what is fetched, what is refused, what is gone on with."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import support
-from tests.remote.small_hub import COMMIT, SmallHub, serve
-from tests.support import ROOT, Result, assert_refused, read_folder, run, run_process, tree
+from tests.hub import LocalHub
+from tests.remote.conftest import NAME, REPO, Call
+from tests.support import ROOT, assert_refused, read_folder, run, tree
 
-REPO = "hf://owner/model"
-
-
-@pytest.fixture
-def hub(mini_source: Path) -> Iterator[SmallHub]:
-    """Return a hub with the small checkpoint."""
-    made = SmallHub({p.name: p for p in sorted(mini_source.iterdir()) if p.is_file()})
-    server = serve(made)
-    yield made
-    server.shutdown()
-    server.server_close()
-
-
-def variables(hub: SmallHub, tmp_path: Path, **more: str) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""} | more
-
-
-def call(hub: SmallHub, tmp_path: Path, *arguments: object, **more: str) -> Result:
-    return run_process(*arguments, variables=variables(hub, tmp_path, **more), cwd=tmp_path)
+SHARDS = "*.safetensors"
 
 
 def head_of(source: Path) -> dict[str, support.Tensor]:
     return {n: t for n, t in read_folder(source).items() if n.startswith("mtp.")}
 
 
+def files_of(folder: Path) -> dict[str, str]:
+    return {n: d for n, d in tree(folder).items() if not n.startswith(".cache")}
+
+
+def a_shard(hub: LocalHub) -> str:
+    return next(n for n in hub.files(NAME) if n.endswith(".safetensors"))
+
+
+def fetched(hub: LocalHub) -> dict[str, int]:
+    """Return the bytes that were sent of each shard."""
+    return {path: n for path, n in hub.counters()["sent"].items() if path.endswith(".safetensors")}
+
+
 def test_inspect_and_plan_of_a_repo_say_what_they_say_of_its_folder(
-    hub: SmallHub, mini_source: Path, tmp_path: Path
+    hub: LocalHub, call: Call, mini_source: Path
 ) -> None:
-    shards = len(list(mini_source.glob("*.safetensors")))
-    remote = call(hub, tmp_path, "inspect", REPO, "--json")
+    shards = len(list(mini_source.glob(SHARDS)))
+    remote = call("inspect", REPO, "--json")
     assert remote.json == run("inspect", mini_source, "--json").json
-    assert hub.requests <= shards + 4
-    before = hub.requests
-    assert call(hub, tmp_path, "inspect", REPO, "--json").json == remote.json
-    assert hub.requests == before + 1, f"headers are cached: {hub.paths}"
-    far, near = call(hub, tmp_path, "plan", REPO, "--json").json, run("plan", mini_source, "--json").json
+    log = hub.counters()["log"]
+    assert len([r for r in log if r["path"].endswith(".safetensors") and r["kind"] == "file"]) == shards
+    hub.reset_counters()
+    assert call("inspect", REPO, "--json").json == remote.json
+    assert sum(fetched(hub).values()) == 0, "headers are cached"
+    far, near = call("plan", REPO, "--json").json, run("plan", mini_source, "--json").json
     assert {k: far[k] for k in ("output_bytes", "output_tensors", "groups", "left_out")} == {
         k: near[k] for k in ("output_bytes", "output_tensors", "groups", "left_out")
     }
 
 
 def test_the_head_alone_is_a_checkpoint_with_a_record_of_its_bytes(
-    hub: SmallHub, mini_source: Path, tmp_path: Path
+    call: Call, commit: str, mini_source: Path, tmp_path: Path
 ) -> None:
-    result = call(hub, tmp_path, "pull", REPO, "--only", "mtp", "--json")
+    result = call("pull", REPO, "--only", "mtp", "--json")
     assert result.code == 0, result
     out, head = tmp_path / "model", head_of(mini_source)
     assert read_folder(out) == head
     size = sum(len(t.data) for t in head.values())
-    assert result.json["bytes_received"] == size and result.json["revision"] == COMMIT
+    assert result.json["bytes_received"] == size and result.json["revision"] == commit
     record = json.loads((out / "ds4convert_pull.json").read_text())
     assert sum(r["bytes"] for f in record["files"] for r in f["ranges"]) == size
     for f in record["files"]:
@@ -74,14 +71,14 @@ def test_the_head_alone_is_a_checkpoint_with_a_record_of_its_bytes(
         data = b"".join(raw[r["start"] : r["start"] + r["bytes"]] for r in f["ranges"])
         assert (out / f["name"]).read_bytes()[f["header_bytes"] :] == data
     before = tree(out)
-    again = call(hub, tmp_path, "pull", REPO, "--only", "mtp", "--json")
+    again = call("pull", REPO, "--only", "mtp", "--json")
     assert again.json["bytes_received"] == 0 and tree(out) == before
 
 
 def test_a_head_that_was_pulled_alone_grafts_to_what_a_conversion_with_the_head_writes(
-    hub: SmallHub, mini_source: Path, tmp_path: Path
+    call: Call, mini_source: Path, tmp_path: Path
 ) -> None:
-    assert call(hub, tmp_path, "pull", REPO, "head", "--only", "mtp").code == 0
+    assert call("pull", REPO, "head", "--only", "mtp").code == 0
     assert run("quantize", mini_source, tmp_path / "bare", "--drop-mtp").code == 0
     result = run("graft", tmp_path / "bare", "--from", tmp_path / "head", "--out", tmp_path / "whole")
     assert result.code == 0, result
@@ -89,85 +86,136 @@ def test_a_head_that_was_pulled_alone_grafts_to_what_a_conversion_with_the_head_
     assert run("verify", tmp_path / "whole").code == 0
 
 
-def test_head_and_backbone_together_are_the_whole(hub: SmallHub, mini_source: Path, tmp_path: Path) -> None:
-    assert call(hub, tmp_path, "pull", REPO, "h", "--only", "mtp").code == 0
-    assert call(hub, tmp_path, "pull", REPO, "b", "--only", "backbone").code == 0
+def test_head_and_backbone_together_are_the_whole(call: Call, mini_source: Path, tmp_path: Path) -> None:
+    assert call("pull", REPO, "h", "--only", "mtp").code == 0
+    assert call("pull", REPO, "b", "--only", "backbone").code == 0
     head, backbone = read_folder(tmp_path / "h"), read_folder(tmp_path / "b")
     assert not head.keys() & backbone.keys() and head | backbone == read_folder(mini_source)
 
 
-def test_whole_repos_and_small_files_are_the_repos_bytes(hub: SmallHub, mini_source: Path, tmp_path: Path) -> None:
-    for only, out in (("all", "a"), ("meta", "m")):
-        result = call(hub, tmp_path, "pull", "owner/model", out, "--only", only, "--json")
-        assert result.code == 0, result
-        wanted = {n: d for n, d in tree(mini_source).items() if only == "all" or not n.endswith(".safetensors")}
-        assert {n: d for n, d in tree(tmp_path / out).items() if not n.startswith(".cache")} == wanted
+def plant(hub: LocalHub, faults: tuple[str, ...]) -> None:
+    """Make the next answers for shards and for config.json bad, in ways that pass."""
+    for glob in (SHARDS, "config.json"):
+        if "busy" in faults:
+            for code in (503, 429, 500):
+                hub.faults.add("status", f"{NAME}/{glob}", code=code, retry_after=0)
+        for kind, more in (("cut", {"times": 2, "after": 100}), ("slow", {"bytes_per_second": 400_000})):
+            if kind in faults:
+                hub.faults.add(kind, glob, **more)
+        for kind in {"ignore_range", "content_range", "expired_download"} & set(faults):
+            hub.faults.add(kind, glob)
 
 
-@pytest.mark.parametrize("faults", [["503"], ["429", "500"], ["cut"], ["cut", "cut"], ["whole"], ["shifted"], ["html"]])
-def test_a_passing_fault_is_tried_again(hub: SmallHub, mini_source: Path, tmp_path: Path, faults: list[str]) -> None:
-    hub.faults = list(faults)
-    html = faults == ["html"]
-    result = call(hub, tmp_path, "pull", REPO, "head", "--only", "mtp", "--jobs", "1")
-    assert result.code == 0, result
-    assert read_folder(tmp_path / "head") == head_of(mini_source) and (html or not hub.faults)
+def wanted_of(only: str, source: Path, folder: Path) -> bool:
+    """Return whether a pulled folder holds exactly what it should."""
+    if only in ("all", "meta"):
+        return files_of(folder) == {
+            n: d for n, d in tree(source).items() if only == "all" or not n.endswith(SHARDS[1:])
+        }
+    of_head = {n: t for n, t in read_folder(source).items() if n.startswith("mtp.") == (only == "mtp")}
+    return read_folder(folder) == of_head
 
 
-def test_a_changed_etag_stops_the_run_and_the_same_command_goes_on(
-    hub: SmallHub, mini_source: Path, tmp_path: Path
+@pytest.mark.parametrize("only", ["all", "mtp", "backbone", "meta"])
+@pytest.mark.parametrize("faults", [("busy", "cut", "slow"), ("ignore_range", "content_range", "expired_download")])
+def test_faults_that_pass_end_in_the_right_bytes(
+    hub: LocalHub, call: Call, mini_source: Path, tmp_path: Path, only: str, faults: tuple[str, ...]
 ) -> None:
-    assert call(hub, tmp_path, "inspect", REPO).code == 0
-    hub.faults = ["etag"]
-    result = call(hub, tmp_path, "pull", REPO, "head", "--only", "mtp", "--jobs", "1")
-    assert_refused(result, "etag", code=4)
-    assert not (tmp_path / "head" / "ds4convert_pull.json").exists()
-    assert call(hub, tmp_path, "pull", REPO, "head", "--only", "mtp").code == 0
-    assert read_folder(tmp_path / "head") == head_of(mini_source)
+    plant(hub, faults)
+    for _ in range(3):
+        result = call("pull", REPO, "out", "--only", only, "--jobs", "1")
+        if result.code == 0:
+            break
+        assert_refused(result, "again", code=4)  # what the client does not try again by itself: said, and resumable
+    assert result.code == 0, result
+    assert wanted_of(only, mini_source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("only", "fault", "glob"),
+    [
+        ("all", "wrong", SHARDS), ("all", "html", SHARDS), ("meta", "wrong", "config.json"),
+        ("mtp", "wrong", "config.json"), ("mtp", "html", SHARDS), ("mtp", "etag", SHARDS),
+        ("backbone", "etag", "*"),
+    ],
+)  # fmt: skip
+def test_wrong_bytes_are_never_taken(
+    hub: LocalHub, call: Call, mini_source: Path, tmp_path: Path, only: str, fault: str, glob: str
+) -> None:
+    assert call("inspect", REPO).code == 0  # headers come from the cache from now on
+    hub.faults.add(fault, glob, times=-1)
+    assert_refused(call("pull", REPO, "out", "--only", only, "--jobs", "2"), code=4)
+    assert not (tmp_path / "out" / "ds4convert_pull.json").exists()
+    hub.faults.clear()
+    again = call("pull", REPO, "out", "--only", only)
+    assert again.code == 0 and wanted_of(only, mini_source, tmp_path / "out"), again
+
+
+def test_a_byte_that_came_wrong_once_is_fetched_again(
+    hub: LocalHub, call: Call, mini_source: Path, tmp_path: Path
+) -> None:
+    hub.faults.add("wrong", SHARDS, times=3, at=2000)
+    assert call("pull", REPO, "out").code == 0 and wanted_of("all", mini_source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\\b", "NUL", "com1.txt", "a//b", ".ds4convert/x"])
-def test_a_repo_with_an_unsafe_name_is_refused(hub: SmallHub, tmp_path: Path, name: str) -> None:
-    hub.names = [name]
-    for command in (["pull", REPO, "out"], ["pull", REPO, "out", "--only", "mtp"], ["inspect", REPO]):
-        assert_refused(call(hub, tmp_path, *command), "refused", code=3)
+def test_a_repo_with_an_unsafe_name_is_refused(hub: LocalHub, call: Call, tmp_path: Path, name: str) -> None:
+    hub.put(NAME, {name: b"x"})
+    for command in (["pull", REPO, "out"], ["inspect", REPO]):
+        assert_refused(call(*command), "refused", code=3)
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
 
 
-def test_a_shard_that_is_a_page_or_announces_a_huge_header_is_refused(hub: SmallHub, tmp_path: Path) -> None:
-    name = next(n for n in hub.files if n.endswith(".safetensors"))
-    for n, raw in enumerate([b"<!doctype html><html></html>", (10**10).to_bytes(8, "little") + b"{" * 100]):
-        (tmp_path / f"bad{n}").write_bytes(raw)
-        hub.files[name] = tmp_path / f"bad{n}"
-        hub.sent = 0
-        assert_refused(call(hub, tmp_path, "inspect", REPO), name, "header", code=3)
-        assert hub.sent < 2_000_000
+@pytest.mark.parametrize("raw", [b"<!doctype html><html></html>", (10**10).to_bytes(8, "little") + b"{" * 100])
+def test_a_shard_that_is_a_page_or_announces_a_huge_header_is_refused(hub: LocalHub, call: Call, raw: bytes) -> None:
+    name = a_shard(hub)
+    hub.put(NAME, {name: raw})
+    assert_refused(call("inspect", REPO), name, "header", code=3)
+    assert hub.counters()["bytes_sent"] < 2_000_000
 
 
-def test_offline_unknown_and_unreachable_repos_have_messages_of_their_own(hub: SmallHub, tmp_path: Path) -> None:
-    assert_refused(call(hub, tmp_path, "inspect", REPO, HF_HUB_OFFLINE="1"), "offline mode", code=4)
-    assert_refused(call(hub, tmp_path, "inspect", "hf://owner/other"), "no such repo", code=4)
-    gone = call(hub, tmp_path, "inspect", REPO, HF_ENDPOINT="http://127.0.0.1:9")
+def test_offline_unknown_and_unreachable_repos_have_messages_of_their_own(call: Call) -> None:
+    assert_refused(call("inspect", REPO, HF_HUB_OFFLINE="1"), "offline mode", code=4)
+    assert_refused(call("inspect", "hf://owner/other"), "no such repo", code=4)
+    gone = call("inspect", REPO, HF_ENDPOINT="http://127.0.0.1:9")
     assert_refused(gone, "cannot be reached", code=4)
 
 
-def test_other_folders_are_left_alone(hub: SmallHub, tmp_path: Path) -> None:
+def test_private_and_gated_repos_say_what_is_missing(hub: LocalHub, call: Call, mini_source: Path) -> None:
+    hub.add_repo("owner/private", mini_source, private=True)
+    hub.add_repo("owner/gated", mini_source, gated=True)
+    for repo, word in (("owner/private", "token"), ("owner/gated", "access")):
+        for command in (("inspect", f"hf://{repo}"), ("pull", f"hf://{repo}", "out", "--only", "mtp")):
+            refused = call(*command, HF_TOKEN="")
+            assert_refused(refused, word, code=4)
+        assert hub.token not in refused.err
+    assert call("inspect", "hf://owner/private").code == 0
+
+
+def test_other_folders_are_left_alone(call: Call, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    assert_refused(call(hub, tmp_path, "pull", REPO, "out", "--only", "mtp"), "is not empty", code=3)
+    assert_refused(call("pull", REPO, "out", "--only", "mtp"), "is not empty", code=3)
     assert tree(tmp_path / "out").keys() == {"mine"}
 
 
-def test_a_killed_pull_goes_on_to_the_same_bytes(hub: SmallHub, mini_source: Path, tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables(hub, tmp_path)
-    command = [sys.executable, "-m", "ds4convert", "pull", REPO, "head", "--only", "mtp", "--jobs", "1"]
-    for delay in (0.0, 0.02, 0.1):
+@pytest.mark.parametrize("only", ["mtp", "all"])
+def test_a_killed_pull_goes_on_to_the_same_bytes(
+    hub: LocalHub, call: Call, mini_source: Path, tmp_path: Path, only: str, request: pytest.FixtureRequest
+) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environment()
+    command = [sys.executable, "-m", "ds4convert", "pull", REPO, "out", "--only", only, "--jobs", "1"]
+    hub.faults.add("slow", SHARDS, times=-1, bytes_per_second=300_000)
+    moments = 10 if request.config.getoption("--nightly") else 2
+    for delay in [random.Random(only).random() for _ in range(moments)]:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
-        while not (tmp_path / "head").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (tmp_path / "out").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert call(hub, tmp_path, "pull", REPO, "head", "--only", "mtp").code == 0
-    assert read_folder(tmp_path / "head") == head_of(mini_source)
-    assert not (tmp_path / "head" / ".ds4convert").exists()
+    hub.faults.clear()
+    assert call("pull", REPO, "out", "--only", only).code == 0
+    assert wanted_of(only, mini_source, tmp_path / "out")
+    assert not (tmp_path / "out" / ".ds4convert").exists()
