@@ -13,7 +13,8 @@ from ds4convert.inference.decode import DecodeStats, mtp_generate_step, plain_ge
 from ds4convert.inference.sampling import Sampling
 
 SHORT = 100
-LENGTHS = [SHORT, pytest.param(500, marks=pytest.mark.slow)]
+LENGTHS = [SHORT, pytest.param(500, marks=pytest.mark.nightly)]
+"""500 tokens of one checkpoint at every depth are in tests/demo, on each change."""
 
 
 @functools.cache

@@ -113,8 +113,8 @@ def second_token_p_value(draws: list[tuple[int, int, int]], table: list[list[flo
 
 SETTINGS = [
     Sampling(temp=1.0, top_p=0.9),
-    pytest.param(Sampling(temp=0.7), marks=pytest.mark.slow),
-    pytest.param(Sampling(temp=0.7, top_p=0.8), marks=pytest.mark.slow),
+    pytest.param(Sampling(temp=0.7), marks=pytest.mark.nightly),
+    pytest.param(Sampling(temp=0.7, top_p=0.8), marks=pytest.mark.nightly),
 ]
 
 
