@@ -20,7 +20,7 @@ from ds4convert.formats.transforms import Read
 from ds4convert.inventory import Inventory, Named, name_tensors, recognise
 from ds4convert.journal import STATE_FOLDER, Finished
 from ds4convert.layouts import layouts
-from ds4convert.manifest import MANIFEST_NAME
+from ds4convert.manifest import MANIFEST_NAME, VERIFY_NAME
 from ds4convert.sidefiles import CARRIED, survey
 from ds4convert.types import Plan
 
@@ -133,6 +133,7 @@ def _ours(name: str) -> bool:
         "config.json",
         plans.INDEX_NAME,
         MANIFEST_NAME,
+        VERIFY_NAME,
         STATE_FOLDER,
         "mtp",
     } | CARRIED

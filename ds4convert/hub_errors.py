@@ -35,6 +35,7 @@ def translate(error: BaseException, repo: str) -> Ds4Error | None:
     """Return our error for an exception that came from the Hub's client or from HTTP; None where it is neither."""
     from huggingface_hub import errors
 
+    error = _inner(error)
     for kind, ours, text in _table():
         if isinstance(error, kind):
             return ours(f"{repo}: {text}")
@@ -53,6 +54,34 @@ def translate(error: BaseException, repo: str) -> Ds4Error | None:
     if isinstance(error, errors.HTTPError):  # type: ignore[attr-defined,unused-ignore]
         return EnvironmentFault(f"{repo}: the Hub cannot be reached ({type(error).__name__}). {AGAIN}")
     return None
+
+
+def _inner(error: BaseException) -> BaseException:
+    """Return what the client's uploads wrap into a RuntimeError."""
+    return error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
+
+
+PASSING = {408, 409, 412, 429, 500, 502, 503, 504}
+"""Answers that may be better next time; 409 and 412: somebody else committed meanwhile."""
+
+
+def is_passing(error: BaseException) -> float | None:
+    """Return the seconds to wait before another try where a failure may pass, None where it will not."""
+    from huggingface_hub import errors
+
+    error = _inner(error)
+    if isinstance(error, errors.HfHubHTTPError):
+        answer = error.response
+        expired = answer.status_code == 403 and "authorization" not in answer.request.headers
+        if answer.status_code not in PASSING and not expired:
+            return None
+        try:
+            return max(0.0, float(answer.headers.get("retry-after") or 0))
+        except ValueError:
+            return 0.0
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return None
+    return 0.0 if isinstance(error, errors.HTTPError) else None  # type: ignore[attr-defined,unused-ignore]
 
 
 @contextmanager

@@ -19,12 +19,16 @@ from ds4convert.inventory import BACKBONE, Module
 
 @dataclass(frozen=True)
 class Host:
-    """A program that loads a layout: its versions, and the option that makes it use the head ("" if none)."""
+    """A program that loads a layout: its versions, and the option that makes it use the head ("" if none).
+
+    `command` loads the folder DIR ("" where there is no such command line).
+    """
 
     name: str
     versions: str
     backbone: bool
     mtp: str
+    command: str = ""
 
 
 @dataclass(frozen=True)

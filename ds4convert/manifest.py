@@ -18,6 +18,9 @@ from ds4convert.headers import LENGTH_BYTES
 from ds4convert.types import JSON, Done, Loss, OutputFile, Plan, Step
 
 MANIFEST_NAME = "ds4convert_manifest.json"
+VERIFY_NAME = "ds4convert_verify.json"
+"""What `verify --mtp` measured, beside the manifest that it was measured for."""
+
 VERSION = 1
 DIGEST = "digest"
 """The key of the sha256 of the rest (canonical JSON), so that the account itself cannot change unnoticed."""

@@ -254,3 +254,25 @@ def _error(t: JSON) -> str:
         )
         return f"max {worst}, relative square {square}, first at {t['first']}"
     return str(t.get("detail", ""))
+
+
+def publication(facts: JSON) -> str:
+    """Return what `publish` did."""
+    lines = [
+        f"{facts['repo']}: {facts['files']} files, {size(facts['bytes'])}, {size(facts['bytes_sent'])} sent, "
+        f"commit {facts['revision']}"
+    ]
+    lines += [f"Removed there: {n} (of an earlier conversion)" for n in facts["removed"]]
+    lines += [f"FAIL  {d}" for d in facts["differences"]]
+    if facts["differences"]:
+        lines.append("What is on the Hub is not what is here; run the same command again.")
+    elif facts["problems"]:
+        lines.append("Published although its checks failed (--force); the card tells so.")
+    else:
+        lines.append("Verified: size and digest of every file on the Hub are those of the manifest.")
+    return "\n".join(lines)
+
+
+def dry_publication(card: str, facts: JSON) -> str:
+    """Return what `publish` would do, the card first."""
+    return f"{card}\n{facts['repo']}: would hold {facts['files']} files, {size(facts['bytes'])}. Nothing was sent."

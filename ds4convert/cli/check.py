@@ -67,8 +67,9 @@ def verify(
     every exchange: in a folder whose manifest was recomputed after a change, only --source or --reference can tell
     for certain.
     """
-    from ds4convert import html_report, mtp_check, report
+    from ds4convert import html_report, mtp_check, report, verified
     from ds4convert import verify as verifying
+    from ds4convert.errors import EnvironmentFault
 
     for text in _without_effect(options, page is not None, level):
         session.warn(text)
@@ -79,6 +80,11 @@ def verify(
     request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)
     with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
         outcome = mtp_check.run(request, session.note, progress)
+    if options["mtp"]:
+        try:
+            verified.write(mlx_dir, outcome.as_json())
+        except EnvironmentFault as e:
+            session.note(f"The figures were not kept for `publish`: {e}")
     if page is not None:
         html_report.write(page, mlx_dir, outcome.as_json())
         session.note(f"Report: {page}")

@@ -1,4 +1,4 @@
-"""`pull`: a repo of the Hub, or the part of it that is needed."""
+"""`pull` and `publish`: a repo of the Hub, or a part of it, here; a converted folder there."""
 
 from __future__ import annotations
 
@@ -46,3 +46,53 @@ def pull(
         with session.progress(sum(f.size for f in found.files if whole or f not in found.shards()), "pulling") as bar:
             facts = pulling.pull_files(found, dest, whole, jobs, bar)
     session.emit(facts, f"{dest}: {len(facts['files'])} files, {facts['bytes']:,} bytes, commit {facts['revision']}")
+
+
+@cli.command()
+@click.argument("mlx_dir", type=PATH)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repo private, where it is made now.")
+@click.option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to commit to.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent and show the card; change nothing.")
+@click.option("--force", is_flag=True, help="Publish a folder that failed its checks; the card tells of it.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=4, show_default=True, help="Connections.")
+@click.option("--token", help="Of the Hub. [default: HF_TOKEN, or that of `hf auth login`]")
+@click.option("--endpoint", metavar="URL", help="Of the Hub. [default: HF_ENDPOINT, or huggingface.co]")
+@common()
+def publish(
+    session: Session, mlx_dir: Path, repo: str, private: bool, revision: str, dry_run: bool, force: bool, jobs: int,
+    token: str | None, endpoint: str | None,
+) -> int:  # fmt: skip
+    """Publish a converted folder as REPO (owner/name). Run it again after an interruption: it goes on.
+
+    The folder is verified first, and a model card written into it (what you add below its last line is kept; a
+    README.md of your own is sent as it is). All files appear in one commit; then size and digest of each are compared
+    with the manifest. Exit code 1 if the Hub has something else. Run `verify --mtp` before, and the card tells
+    acceptance and speed.
+
+    \b
+    Example: ds4convert publish DeepSeek-V4-Flash-mlx me/DeepSeek-V4-Flash-mlx --private
+             ds4convert publish DeepSeek-V4-Flash-mlx me/DeepSeek-V4-Flash-mlx --dry-run
+    """
+    from ds4convert import hub, publication, report
+    from ds4convert import publish as publishing
+    from ds4convert import verify as verifying
+
+    name, branch = hub.split_name(repo, None if revision == "main" else revision)
+    target = publishing.Target(name, branch or "main", private, endpoint, token)
+    with session.progress(verifying.work(mlx_dir, False), "verifying") as progress:
+        package = publication.prepare(mlx_dir, name, force, not dry_run, progress)
+    for text in package.notes:
+        session.warn(text)
+    if package.strays:
+        session.warn(f"not of the conversion, not sent: {', '.join(package.strays[:5])}")
+    if dry_run:
+        facts = publishing.facts(package, target, publishing.Sent(), []) | {"dry_run": True, "verified": False}
+        session.emit(facts | {"card": package.card}, report.dry_publication(package.card, facts))
+        return 0
+    with session.progress(package.size, "uploading") as progress:
+        sent = publishing.upload(package, target, jobs, session.note, progress)
+    differences = publishing.compare(package, target, sent.commit)
+    facts = publishing.facts(package, target, sent, differences)
+    session.emit(facts, report.publication(facts))
+    return 1 if differences else 0
