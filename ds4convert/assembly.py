@@ -27,7 +27,7 @@ from ds4convert.headers import DTYPE_BYTES, LENGTH_BYTES
 from ds4convert.inventory import BACKBONE, HEAD, Inventory, Module
 from ds4convert.layouts import HeadPlace, Layout, key_of, layout_of
 from ds4convert.stored import Stored, StoredModule, StoredPart
-from ds4convert.types import ByteRange, Done, LeftOut, Output, OutputFile, Plan, SourceFile, Step
+from ds4convert.types import ByteRange, Done, LeftOut, Origin, Output, OutputFile, Plan, SourceFile, Step
 
 Progress = Callable[[int], None]
 READ_BYTES = 4 << 20
@@ -244,6 +244,7 @@ def account_of(
         files_left_out=files_left_out,
         quantization=table,
         chain=tuple((base.record or {}).get("source", {}).get("chain", ())),
+        origin=manifest.origin(base.record) or (head.origin if head else None),
     )
     return plans.signed(unsigned)
 
@@ -257,6 +258,7 @@ class HeadFacts:
     formats: Mapping[str, str]
     sources: tuple[SourceFile, ...]
     left_out: tuple[LeftOut, ...] = ()
+    origin: Origin | None = None
 
 
 def _left_out(base: Stored, steps: Sequence[Step], more: tuple[LeftOut, ...], has_head: bool) -> tuple[LeftOut, ...]:

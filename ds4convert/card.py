@@ -55,6 +55,9 @@ def is_ours(text: str) -> bool:
 
 def _base(facts: Facts) -> tuple[str, str]:
     source = facts.record.get("source", {})
+    chain = source.get("chain", [])
+    if "repo" not in source and chain:  # a conversion of a conversion: what the first one came from
+        source = chain[0].get("source", {})
     return str(source.get("repo", "")), str(source.get("revision", ""))
 
 

@@ -6,11 +6,12 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds4convert import config as configs
 from ds4convert import execute, journal, logical, manifest
+from ds4convert import origin as origins
 from ds4convert import plan as plans
 from ds4convert.errors import EnvironmentFault, InputError, OutputError
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
@@ -22,7 +23,7 @@ from ds4convert.journal import STATE_FOLDER, Finished
 from ds4convert.layouts import layouts
 from ds4convert.manifest import MANIFEST_NAME, VERIFY_NAME
 from ds4convert.sidefiles import CARRIED, survey
-from ds4convert.types import Plan
+from ds4convert.types import Origin, Plan
 
 MARGIN_BYTES = 16 << 20
 """Room for folders, the journal and the manifest beside the planned bytes."""
@@ -35,6 +36,7 @@ class Source:
     checkpoint: Checkpoint
     inventory: Inventory
     named: Named
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,14 @@ def open_source(path: Path) -> Source:
             f"{path}: is a converted folder, its values may be rounded already; convert the official checkpoint, or "
             "say --from-mlx to convert this one again"
         )
-    return recognised(checkpoint)
+    return recognised(checkpoint, origins.of(checkpoint))
 
 
-def recognised(checkpoint: Checkpoint) -> Source:
+def recognised(checkpoint: Checkpoint, origin: Origin | None = None) -> Source:
     """Return a checkpoint whose headers have been read as a source: official names, kind of head, storage."""
     config = configs.parse_config(need_config(checkpoint))
     named = name_tensors(config.family, checkpoint.tensors())
-    return Source(checkpoint, recognise(config, named.tensors), named)
+    return Source(checkpoint, recognise(config, named.tensors), named, origin)
 
 
 @contextmanager
@@ -114,7 +116,8 @@ def reading(source: Source) -> Iterator[Read]:
 def make_plan(source: Source, options: plans.Options) -> Plan:
     """Return the plan for converting `source`. Raises `InputError` with every difference found."""
     side = survey(source.checkpoint.path, source.inventory.config.family.name)
-    return plans.build(source.inventory, source.named, source.checkpoint.files, options, side)
+    made = plans.build(source.inventory, source.named, source.checkpoint.files, options, side)
+    return replace(made, origin=source.origin)
 
 
 def check_places(source: Path, out: Path) -> None:

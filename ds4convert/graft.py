@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds4convert import assembly, compare, convert, logical, stored
+from ds4convert import origin as origins
 from ds4convert import plan as plans
 from ds4convert.assembly import Assembly, Drawing, HeadFacts
 from ds4convert.convert import Outcome, Source
@@ -187,6 +188,7 @@ def _assemble(
         {"mtp": head_format},
         _sources(base, source),
         _ignored(source),
+        source.origin,
     )
     backbone = [assembly.encoded(m) for m in base.of(BACKBONE)]
     account = assembly.account_of(base, drawing, layout, model_source, places, backbone + encoded, facts)
@@ -237,7 +239,7 @@ def _with_stages(base: Stored, inventory: Inventory) -> JSON:
 def _sources(base: Stored, source: Source) -> tuple[SourceFile, ...]:
     """Return the source files of the result: the folder's, and those of the head that are not among them."""
     known = base.sources()
-    return (*known, *(f for f in source.checkpoint.files if f not in known))
+    return (*known, *(f for f in origins.originals(source.checkpoint) if f not in known))
 
 
 def _ignored(source: Source) -> tuple[LeftOut, ...]:

@@ -15,7 +15,7 @@ from ds4convert import strictjson
 from ds4convert.errors import InputError
 from ds4convert.folder import read_small
 from ds4convert.headers import LENGTH_BYTES
-from ds4convert.types import JSON, Done, Loss, OutputFile, Plan, Step
+from ds4convert.types import JSON, Done, Loss, Origin, OutputFile, Plan, Step
 
 MANIFEST_NAME = "ds4convert_manifest.json"
 VERIFY_NAME = "ds4convert_verify.json"
@@ -54,14 +54,34 @@ def build(plan: Plan, steps: Mapping[int, Done], hashes: Mapping[int, str | None
         "formats": dict(plan.formats),
         "layout": plan.layout,
         "plan": plan.id,
-        "source": {"files": [{"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256} for s in plan.sources]}
-        | ({"chain": list(plan.chain)} if plan.chain else {}),
+        "source": _source(plan),
         "tensors": [r for n, s in enumerate(plan.steps) for r in _records(plan, s, steps[n])],
         "files": sorted(files, key=lambda f: str(f["name"])),
         "left_out": [{"tensor": x.tensor, "why": x.why} for x in plan.left_out],
         "files_left_out": [{"file": x.tensor, "why": x.why} for x in plan.files_left_out],
     }
     return strictjson.pretty(table | {DIGEST: strictjson.digest(table)})
+
+
+def _source(plan: Plan) -> JSON:
+    """Return where the tensors came from: repo and commit where known, files with what is known of them, the chain."""
+    digests: Mapping[str, str] = plan.origin.digests if plan.origin else {}
+    files = [
+        {"name": s.name, "bytes": s.size, "header_sha256": s.header_sha256}
+        | ({"sha256": digests[s.name]} if s.name in digests else {})
+        for s in plan.sources
+    ]
+    place = {"repo": plan.origin.repo, "revision": plan.origin.revision} if plan.origin else {}
+    return place | {"files": files} | ({"chain": list(plan.chain)} if plan.chain else {})
+
+
+def origin(record: JSON | None) -> Origin | None:
+    """Return where a folder's source came from, as its manifest tells."""
+    source = (record or {}).get("source", {})
+    repo, revision, files = source.get("repo"), source.get("revision"), source.get("files", [])
+    if not isinstance(repo, str) or not isinstance(revision, str):
+        return None
+    return Origin(repo, revision, {f["name"]: f["sha256"] for f in files if isinstance(f.get("sha256"), str)})
 
 
 def _header_digest(file: OutputFile) -> str:

@@ -15,6 +15,7 @@ from ds4convert.files import PARTIAL, Disk, disk_errors
 from ds4convert.folder import open_file, read_small, resolve_inside
 from ds4convert.layouts import layout_of
 from ds4convert.manifest import MANIFEST_NAME, VERIFY_NAME
+from ds4convert.origin import PULL_RECORD
 from ds4convert.types import JSON
 
 HASH_CHUNK = 4 << 20
@@ -88,7 +89,7 @@ def prepare(folder: Path, repo: str, force: bool, write: bool, progress: Progres
         with disk_errors("writing", folder / card.CARD_NAME):
             Disk().write_file(folder / card.CARD_NAME, raw)
     files.append(_of_bytes(folder, card.CARD_NAME, raw))
-    strays = _strays(folder, {f.name for f in files} | {VERIFY_NAME})
+    strays = _strays(folder, {f.name for f in files} | {VERIFY_NAME, PULL_RECORD})
     return Package(folder, tuple(files), text, tuple(problems), strays, tuple(notes))
 
 

@@ -26,10 +26,10 @@ from ds4convert.hub import RemoteFile, Repo
 from ds4convert.hub_errors import AGAIN, hub_errors
 from ds4convert.inventory import compare
 from ds4convert.journal import STATE_FOLDER, Lock
+from ds4convert.origin import PULL_RECORD
 from ds4convert.shards import file_names
 from ds4convert.types import JSON, TensorInfo
 
-RECORD_NAME = "ds4convert_pull.json"
 JOURNAL_NAME = "pull.jsonl"
 RANGE_BYTES = 32 << 20
 """Largest range of one request, and what an interruption costs at most per worker."""
@@ -49,10 +49,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Target:
-    """One shard to be written: `header` first, then the bytes of `ranges` (source start, size) one after the other."""
+    """One shard to be written: `header` first, then the bytes of `ranges` (source start, size) one after the other.
+
+    `header_sha256` is of the source's header.
+    """
 
     name: str
     source: RemoteFile
+    header_sha256: str
     header: bytes
     tensors: tuple[TensorInfo, ...]
     ranges: tuple[tuple[int, int], ...]
@@ -113,16 +117,16 @@ def select(repo: Repo, only: str, jobs: int) -> Selection:
         raise InputError(f"{repo.name}: has no MTP head (no tensor under mtp.*)")
     files = {f.name: f for f in repo.files}
     parts = []
-    for name, header in zip(source.checkpoint.file_names, source.checkpoint.headers, strict=True):
+    for found, header in zip(source.checkpoint.files, source.checkpoint.headers, strict=True):
         chosen = tuple(t for t in header.tensors if (t.name in head) == (only == "mtp"))
         if chosen:
-            parts.append((files[name], chosen))
+            parts.append((files[found.name], found.header_sha256, chosen))
     targets = [
         Target(
-            name, file, build_header(((t.name, t.dtype, t.shape, t.size) for t in chosen), {"format": "pt"}),
+            name, file, digest, build_header(((t.name, t.dtype, t.shape, t.size) for t in chosen), {"format": "pt"}),
             chosen, merged(chosen),
         )
-        for name, (file, chosen) in zip(file_names(f"model-{only}", len(parts), True), parts, strict=True)
+        for name, (file, digest, chosen) in zip(file_names(f"model-{only}", len(parts), True), parts, strict=True)
     ]  # fmt: skip
     return Selection(repo, only, tuple(targets))
 
@@ -156,7 +160,7 @@ def pull_part(selection: Selection, dest: Path, jobs: int, progress: Progress) -
 
 def _names(selection: Selection) -> list[str]:
     small = [f.name for f in hub.small_files(selection.repo)]
-    return sorted({*small, INDEX_NAME, RECORD_NAME, *(t.name for t in selection.targets)})
+    return sorted({*small, INDEX_NAME, PULL_RECORD, *(t.name for t in selection.targets)})
 
 
 def _facts(repo: Repo, dest: Path, names: list[str], received: int) -> JSON:
@@ -169,7 +173,7 @@ def _facts(repo: Repo, dest: Path, names: list[str], received: int) -> JSON:
 
 def _finished(selection: Selection, dest: Path) -> list[str] | None:
     """Return the names of a folder that holds the finished selection, by its record and sizes."""
-    if not (dest / RECORD_NAME).is_file() or (dest / RECORD_NAME).read_bytes() != record(selection):
+    if not (dest / PULL_RECORD).is_file() or (dest / PULL_RECORD).read_bytes() != record(selection):
         return None
     whole = all((dest / t.name).is_file() and (dest / t.name).stat().st_size == t.size for t in selection.targets)
     names = _names(selection)
@@ -268,7 +272,8 @@ def record(selection: Selection) -> bytes:
     files = [
         {
             "name": t.name, "header_bytes": len(t.header), "source": t.source.name, "etag": t.source.etag,
-            "source_bytes": t.source.size, "ranges": [{"start": a, "bytes": n} for a, n in t.ranges],
+            "source_bytes": t.source.size, "source_header_sha256": t.header_sha256,
+            "ranges": [{"start": a, "bytes": n} for a, n in t.ranges],
         }
         for t in selection.targets
     ]  # fmt: skip
@@ -290,7 +295,7 @@ def _write_small(selection: Selection, dest: Path, disk: Disk) -> None:
         disk.write_file(dest / INDEX_NAME, strictjson.pretty(index))
     read_checkpoint(dest)
     with disk_errors("writing", dest):
-        disk.write_file(dest / RECORD_NAME, record(selection))
+        disk.write_file(dest / PULL_RECORD, record(selection))
 
 
 # --- whole files -------------------------------------------------------------------------------------------------
@@ -328,7 +333,11 @@ def pull_files(repo: Repo, dest: Path, with_shards: bool, jobs: int, progress: P
             f"times; removed. {AGAIN}"
         )
     progress(sum(f.size for f in wanted))
-    return _facts(repo, dest, sorted(f.name for f in wanted), missing)
+    rows = [{"name": f.name, "bytes": f.size, "etag": f.etag} for f in wanted]
+    table = {"repo": repo.name, "revision": repo.commit, "only": "all" if with_shards else "meta", "files": rows}
+    with disk_errors("writing", dest / PULL_RECORD):
+        Disk().write_file(dest / PULL_RECORD, strictjson.pretty(table))
+    return _facts(repo, dest, sorted([*(f.name for f in wanted), PULL_RECORD]), missing)
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ds4convert import execute, manifest, stored
+from ds4convert import origin as origins
 from ds4convert import plan as plans
 from ds4convert.convert import Ending, Source
 from ds4convert.files import Disk
@@ -91,6 +92,7 @@ def plan(base: Stored, options: plans.Options) -> Again:
         files_left_out=left,
         quantization=table,
         chain=chain(base),
+        origin=origins.of(base.folder.checkpoint),
     )
     return Again(plans.signed(made), base)
 
@@ -103,7 +105,8 @@ def chain(base: Stored) -> tuple[JSON, ...]:
     errors = {r["name"]: r["error"] for r in record["tensors"] if "error" in r}
     before = record.get("source", {})
     kept = ("tool", "recipe", "formats", "layout", manifest.DIGEST)
-    link = {k: record.get(k) for k in kept} | {"source": {"files": before.get("files", [])}, "errors": errors}
+    source = {k: before[k] for k in ("repo", "revision", "files") if k in before}
+    link = {k: record.get(k) for k in kept} | {"source": source, "errors": errors}
     return (*before.get("chain", ()), link)
 
 

@@ -38,7 +38,11 @@ CARRIED = {
 }
 """Files that hosts read from a converted folder, and the licence."""
 
-REPLACED = {"config.json", "model.safetensors.index.json", "ds4convert_manifest.json"}
+REPLACED = {
+    "config.json", "model.safetensors.index.json", "ds4convert_manifest.json", "ds4convert_verify.json",
+    "ds4convert_pull.json",
+}  # fmt: skip
+"""What a conversion makes anew, and what tells of the folder that it stands in alone."""
 
 
 def survey(folder: Path, family: str) -> SideFiles:

@@ -44,6 +44,15 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """A repo of the Hub at one commit; `digests` are the sha256 (or etags) that the Hub lists, by file name."""
+
+    repo: str
+    revision: str
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ByteRange:
     """`size` bytes from absolute `offset` of source file number `file`."""
 
@@ -163,7 +172,8 @@ class Plan:
     `texts` are the small files (config, index) by relative name with their exact bytes; `copies` are files taken
     over unchanged from the source folder, by relative name with their sha256. `id` is the sha256 of the canonical
     JSON of all this, so equal inputs and options give equal ids on every machine. `chain` has the conversions that the
-    source has behind it, the first one first: none for an official checkpoint.
+    source has behind it, the first one first: none for an official checkpoint. `origin` tells where the source came
+    from, where that is known; it is not part of the id.
     """
 
     id: str
@@ -182,3 +192,4 @@ class Plan:
     files_left_out: tuple[LeftOut, ...]
     quantization: Mapping[str, Any] = field(default_factory=dict)
     chain: tuple[JSON, ...] = ()
+    origin: Origin | None = None

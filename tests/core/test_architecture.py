@@ -18,7 +18,7 @@ CORE = {
 }  # fmt: skip
 SHELL = {
     "files", "folder", "sidefiles", "journal", "execute", "convert", "manifest", "logical", "compare", "verify",
-    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool", "requantize", "calibration",
+    "synth", "stored", "assembly", "spelling", "relayout", "graft", "inplace", "measure", "fitting", "pool", "requantize", "calibration", "origin",
 }  # fmt: skip
 EDGE = {
     "inspection", "summary", "report", "html_report", "generation", "prompts", "mtp_check", "mtp_facts", "verdict",

@@ -26,7 +26,7 @@ def head_of(source: Path) -> dict[str, support.Tensor]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    return {n: d for n, d in tree(folder).items() if not n.startswith(".cache")}
+    return {n: d for n, d in tree(folder).items() if not n.startswith(".cache") and n != "ds4convert_pull.json"}
 
 
 def a_shard(hub: LocalHub) -> str:
@@ -76,7 +76,7 @@ def test_the_head_alone_is_a_checkpoint_with_a_record_of_its_bytes(
 
 
 def test_a_head_that_was_pulled_alone_grafts_to_what_a_conversion_with_the_head_writes(
-    call: Call, mini_source: Path, tmp_path: Path
+    call: Call, commit: str, mini_source: Path, tmp_path: Path
 ) -> None:
     assert call("pull", REPO, "head", "--only", "mtp").code == 0
     assert run("quantize", mini_source, tmp_path / "bare", "--drop-mtp").code == 0
@@ -84,6 +84,37 @@ def test_a_head_that_was_pulled_alone_grafts_to_what_a_conversion_with_the_head_
     assert result.code == 0, result
     assert run("diff", mini_source, tmp_path / "whole").code == 0
     assert run("verify", tmp_path / "whole").code == 0
+    # With a source that is known to be the same repo, the result is that of a full conversion, file for file.
+    assert call("pull", REPO, "all").code == 0
+    assert run("quantize", tmp_path / "all", tmp_path / "full").code == 0
+    assert run("quantize", tmp_path / "all", tmp_path / "bare2", "--drop-mtp").code == 0
+    assert run("graft", tmp_path / "bare2", "--from", tmp_path / "head", "--out", tmp_path / "whole2").code == 0
+    assert tree(tmp_path / "whole2") == tree(tmp_path / "full")
+    source = json.loads((tmp_path / "full" / "ds4convert_manifest.json").read_text())["source"]
+    assert (source["repo"], source["revision"]) == (NAME, commit)
+    listed = {f["name"]: f["sha256"] for f in source["files"]}
+    assert listed == {n: d for n, d in tree(mini_source).items() if n.endswith(".safetensors")}
+
+
+def test_a_folder_of_the_clients_own_cache_knows_its_repo_and_a_changed_one_does_not(
+    hub: LocalHub, call: Call, commit: str, tmp_path: Path
+) -> None:
+    script = "import huggingface_hub as h; print(h.snapshot_download('owner/model'))"
+    env = os.environ | hub.environment()
+    place = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    assert run("quantize", place.strip(), tmp_path / "a").code == 0
+    source = json.loads((tmp_path / "a" / "ds4convert_manifest.json").read_text())["source"]
+    assert (source["repo"], source["revision"]) == (NAME, commit) and all(
+        len(f["sha256"]) == 64 for f in source["files"]
+    )
+    assert call("pull", REPO, "all").code == 0
+    record = tmp_path / "all" / "ds4convert_pull.json"
+    table = json.loads(record.read_text())
+    table["files"][-1]["bytes"] = table["files"][1]["bytes"] = 7
+    for n, text in enumerate((json.dumps(table), "[", "[]", json.dumps(table | {"repo": "../x"}))):
+        record.write_text(text)
+        assert run("quantize", tmp_path / "all", tmp_path / f"b{n}").code == 0
+        assert "repo" not in json.loads((tmp_path / f"b{n}" / "ds4convert_manifest.json").read_text())["source"]
 
 
 def test_head_and_backbone_together_are_the_whole(call: Call, mini_source: Path, tmp_path: Path) -> None:
