@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +24,28 @@ from ds4convert.layouts import layouts
 from ds4convert.manifest import MANIFEST_NAME, VERIFY_NAME
 from ds4convert.sidefiles import CARRIED, survey
 from ds4convert.types import Origin, Plan
+from ds4convert.window import Ranges, Remote, Window
 
+WINDOW_BYTES = 8 * 10**9
+"""Most bytes of a source elsewhere that lie on the disk at once."""
+
+CONNECTIONS = 8
 MARGIN_BYTES = 16 << 20
 """Room for folders, the journal and the manifest beside the planned bytes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose config and headers have been read: what is expected, what was found."""
+    """A checkpoint whose config and headers have been read: what is expected, what was found.
+
+    `remote`: its files are somewhere else, and its folder holds the small ones alone.
+    """
 
     checkpoint: Checkpoint
     inventory: Inventory
     named: Named
     origin: Origin | None = None
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True)
@@ -96,16 +105,19 @@ def open_source(path: Path) -> Source:
     return recognised(checkpoint, origins.of(checkpoint))
 
 
-def recognised(checkpoint: Checkpoint, origin: Origin | None = None) -> Source:
+def recognised(checkpoint: Checkpoint, origin: Origin | None = None, remote: Remote | None = None) -> Source:
     """Return a checkpoint whose headers have been read as a source: official names, kind of head, storage."""
     config = configs.parse_config(need_config(checkpoint))
     named = name_tensors(config.family, checkpoint.tensors())
-    return Source(checkpoint, recognise(config, named.tensors), named, origin)
+    return Source(checkpoint, recognise(config, named.tensors), named, origin, remote)
 
 
 @contextmanager
 def reading(source: Source) -> Iterator[Read]:
-    """Yield what reads byte ranges of the source's files."""
+    """Yield what reads byte ranges of the source's files; those elsewhere are fetched one by one."""
+    if source.remote is not None:
+        yield Ranges(source.remote, source.checkpoint.file_names).read
+        return
     files = execute.Sources.of(source.checkpoint.path, source.checkpoint.files)
     try:
         yield files.read
@@ -219,11 +231,13 @@ def run(
     disk: Disk | None = None,
     importance: Importance = no_importance,
     ending: Ending | None = None,
+    window_bytes: int = WINDOW_BYTES,
 ) -> Outcome:
     """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
 
     `progress` is called with numbers of bytes as they are written or found finished; `importance` is that of the
-    calibration that the plan was made with. Raises `InputError` or
+    calibration that the plan was made with. A source that is somewhere else is read through a window of at most
+    `window_bytes` on the disk, and one file is written at a time. Raises `InputError` or
     `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there, with `overwrite` too:
     what this very plan left unfinished is never thrown away.
     """
@@ -239,7 +253,8 @@ def run(
     _check_output(out, plan, overwrite)
     state = out / STATE_FOLDER
     fresh = overwrite and not journal.is_of(state, plan)
-    _check_room(out, plan, fresh, ending.more_bytes)
+    window_bytes = min(window_bytes, sum(s.size for s in plan.sources)) if source.remote else 0
+    _check_room(out, plan, fresh, ending.more_bytes + window_bytes)
     with disk_errors("writing", out):
         disk.make_folder(out)
         if fresh and (state.is_symlink() or state.is_file()):
@@ -250,26 +265,39 @@ def run(
         if fresh:
             with disk_errors("clearing", out):
                 _clear(out, disk)
-        return _locked(source, plan, out, jobs, progress, disk, importance, ending)
+        return _locked(source, plan, out, jobs, progress, disk, importance, ending, window_bytes)
     finally:
         lock.release()
 
 
+def _window(
+    source: Source, plan: Plan, places: Sequence[tuple[Path, str]], state: Path, limit: int, jobs: int, disk: Disk
+) -> Window | None:
+    """Return the window of the source's files among those of the plan; None where all are here."""
+    if source.remote is None:
+        return None
+    files = [n for n, (folder, _) in enumerate(places) if folder == source.remote.path]
+    return Window(source.remote, plan.sources, files, state, limit, max(CONNECTIONS, jobs), disk) if files else None
+
+
 def _locked(
     source: Source, plan: Plan, out: Path, jobs: int, progress: Callable[[int], None], disk: Disk,
-    importance: Importance, ending: Ending,
+    importance: Importance, ending: Ending, window_bytes: int,
 ) -> Outcome:  # fmt: skip
     state = out / STATE_FOLDER
-    places = ending.places or [(source.checkpoint.path, s.name) for s in plan.sources]
-    sources = execute.Sources(places, plan.sources)
+    places = ending.places or tuple((source.checkpoint.path, s.name) for s in plan.sources)
+    window = _window(source, plan, places, state, window_bytes, jobs, disk)
+    sources = execute.Sources(places, plan.sources, window)
     try:
         with disk_errors("writing", state):
             finished = journal.begin(disk, state, plan, sources.prints)
+            sources.begin(plan, finished)
             log = journal.Journal(disk, state)
         try:
             resumed = bool(finished.steps or finished.files)
             run_ = execute.Run(plan, out, sources, disk, log, finished, progress, importance)
-            result = run_.files(jobs)
+            result = run_.files(1 if window else jobs)
+            sources.finish()
         finally:
             log.close()
         with disk_errors("writing", out):

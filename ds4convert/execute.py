@@ -30,6 +30,7 @@ from ds4convert.formats.transforms import CHUNK_BYTES, Job, Piece
 from ds4convert.journal import Fingerprint, Finished, Journal
 from ds4convert.pool import rounding_pool
 from ds4convert.types import ByteRange, Done, Loss, OutputFile, Plan, SourceFile, Step
+from ds4convert.window import Window
 
 BATCH_BYTES = 256 << 20
 """Finished steps are synced and journalled together when they come to this size, or when their file is whole."""
@@ -53,20 +54,30 @@ class Result:
 
 
 class Sources:
-    """Open source files, read by range. Refuses files that are no longer what the plan saw."""
+    """Open source files, read by range. Refuses files that are no longer what the plan saw.
+
+    Some of them may be somewhere else: those are read through a `window`.
+    """
 
     @classmethod
     def of(cls, folder: Path, files: Sequence[SourceFile]) -> Sources:
         """Open the files of one folder."""
         return cls([(folder, f.name) for f in files], files)
 
-    def __init__(self, places: Sequence[tuple[Path, str]], files: Sequence[SourceFile]) -> None:
-        """Open source `files`, each at its place: a folder, and its name in it."""
-        self.fds: list[int] = []
+    def __init__(
+        self, places: Sequence[tuple[Path, str]], files: Sequence[SourceFile], window: Window | None = None
+    ) -> None:
+        """Open source `files`, each at its place: a folder, and its name in it; those of the window by themselves."""
+        self.fds: list[int] = []  # -1 for a file of the window
         self.prints: dict[str, Fingerprint] = {}
+        self.window = window
         self._names = [s.name for s in files]
         try:
-            for s, (folder, name) in zip(files, places, strict=True):
+            for n, (s, (folder, name)) in enumerate(zip(files, places, strict=True)):
+                if window is not None and n in window.names:
+                    self.fds.append(-1)
+                    self.prints[s.name] = window.fingerprint(n)
+                    continue
                 fd = open_file(resolve_inside(folder, name), s.name)
                 self.fds.append(fd)
                 status = os.fstat(fd)
@@ -77,8 +88,27 @@ class Sources:
             self.close()
             raise
 
+    def begin(self, plan: Plan, finished: Finished) -> None:
+        """Have what the unfinished steps of a plan read fetched from elsewhere."""
+        if self.window is not None:
+            self.window.begin(plan, finished)
+
+    def done(self, step: int) -> None:
+        """Tell that a step has read all that it will."""
+        if self.window is not None:
+            self.window.done(step)
+
+    def finish(self) -> None:
+        """Wait for the checks of what came from elsewhere."""
+        if self.window is not None:
+            self.window.finish()
+
     def read(self, r: ByteRange) -> bytes:
         """Return the bytes of a range. Raises `HeaderError` when the file ends early."""
+        if self.fds[r.file] < 0:
+            whole = bytearray(r.size)
+            self.read_into(memoryview(whole), r)
+            return bytes(whole)
         try:
             data = os.pread(self.fds[r.file], r.size, r.offset)
         except OSError as e:
@@ -91,6 +121,10 @@ class Sources:
 
     def read_into(self, view: memoryview, r: ByteRange) -> None:
         """Fill `view`, which is as long as the range."""
+        if self.fds[r.file] < 0:
+            assert self.window is not None
+            self.window.read_into(view, r.file, r.offset)
+            return
         done = 0
         try:
             while done < r.size:
@@ -113,8 +147,11 @@ class Sources:
 
     def close(self) -> None:
         """Close all files."""
+        if self.window is not None:
+            self.window.close()
         for fd in self.fds:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 class Buffers:
@@ -240,6 +277,7 @@ class FileWriter:
                     return False
             self.sha, self.hashed = trial, first.offset + first.size
         self.run.result.steps[n] = done
+        self.run.sources.done(n)
         self.run.progress(sum(o.size for o in outputs))
         return True
 
@@ -269,6 +307,7 @@ class FileWriter:
         for piece in self.run.in_order(pieces(step, self.run.sources.read, self.run.importance)):
             self.run.check_stop()
             self._piece(step, piece, tally)
+        self.run.sources.done(n)
         self.hashing.append(self.hasher.submit(self._finish, n, tally))
         while self.hashing and self.hashing[0].done():
             self.hashing.pop(0).result()
@@ -298,6 +337,8 @@ class FileWriter:
             self.buffers.give(buffer)
 
     def _kernel_copied(self, r: ByteRange, at: int) -> bool:
+        if self.run.sources.fds[r.file] < 0:
+            return False
         try:
             return self.run.disk.copy_range(self.run.sources.fds[r.file], r.offset, self.fd, at, r.size)
         except EOFError:

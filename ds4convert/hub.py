@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds4convert import headers
+from ds4convert.convert import Source, recognised
 from ds4convert.errors import EnvironmentFault, HeaderError, InputError, UsageError
 from ds4convert.files import Disk, disk_errors
 from ds4convert.folder import CONFIG_NAME, INDEX_NAME, MAX_FILES, MAX_SMALL_BYTES, Checkpoint, read_checkpoint
 from ds4convert.hub_errors import AGAIN, hub_errors
 from ds4convert.sidefiles import CARRIED
 from ds4convert.strictjson import show
-from ds4convert.types import Header, SourceFile
+from ds4convert.types import Header, Origin, SourceFile
 
 SCHEME = "hf://"
 FIRST_BYTES = 224 << 10
@@ -216,6 +217,44 @@ def _header_bytes(repo: Repo, file: RemoteFile) -> bytes:
     end = headers.LENGTH_BYTES + length
     rest = read_bytes(repo, file, len(first), end - len(first)) if end > len(first) else b""
     return (first + rest)[:end]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A repo's shards as a conversion reads them (`window.Remote`): `path` is the cache folder of its small files."""
+
+    repo: Repo
+    path: Path
+
+    def _file(self, name: str) -> RemoteFile:
+        return next(f for f in self.repo.files if f.name == name)
+
+    def fetch(self, name: str, start: int, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a range, as `read_range`."""
+        return read_range(self.repo, self._file(name), start, size)
+
+    def sha256(self, name: str) -> str | None:
+        """Return the digest that the Hub lists."""
+        return self._file(name).sha256
+
+    def mark(self, name: str) -> int:
+        """Return a number made of the etag."""
+        return int(hashlib.sha256(self._file(name).etag.encode()).hexdigest()[:12], 16)
+
+    def head(self, name: str) -> bytes:
+        """Return length and text of a shard's header, from the cache."""
+        return _cached_header(self.repo, self._file(name), self.path, Disk())
+
+
+def origin(repo: Repo) -> Origin:
+    """Return where the files of a repo come from."""
+    return Origin(repo.name, repo.commit, {f.name: f.sha256 or f.etag for f in repo.shards()})
+
+
+def source(repo: Repo, jobs: int = 8) -> Source:
+    """Return a repo as the source of a conversion, which fetches its tensors as they are needed."""
+    found = read_remote(repo, jobs)
+    return recognised(found, origin(repo), Files(repo, found.path))
 
 
 def _cache(repo: Repo) -> Path:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds4convert.choices import PATH, conversion_options
-from ds4convert.cli.session import Session, cli, common, config_bytes, headers_of, local, model_source
+from ds4convert.choices import PATH, Size, conversion_options
+from ds4convert.cli.session import Session, cli, common, config_bytes, headers_of, local, model_source, source_of
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ def _options(
 
 def _warn_of_no_effect(session: Session, choices: dict[str, Any]) -> None:
     """Say of an option that was given and that this run has no use for that it has none, as `verify` does."""
-    given = click.get_current_context().get_parameter_source("context")
-    if given is click.core.ParameterSource.COMMANDLINE and choices["fit"] is None:
-        session.warn("--context has no effect here; it is for --fit")
+    for name, needs, what in (("context", "fit", "--fit"), ("window", "window", "a SRC on the Hub")):
+        given = click.get_current_context().get_parameter_source(name)
+        if given is click.core.ParameterSource.COMMANDLINE and needs in choices and choices[needs] is None:
+            session.warn(f"--{name} has no effect here; it is for {what}")
 
 
 def _warn_of_rounding(session: Session, made: Plan) -> None:
@@ -113,7 +114,7 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
         session.emit(found.as_json() | {"matching": rows}, report.tensors(rows))
 
 
-def _planned(src: str | None, config: str | None, choices: dict[str, Any], may_be_remote: bool = False) -> Planned:
+def _planned(src: str | None, config: str | None, choices: dict[str, Any]) -> Planned:
     from ds4convert import convert, sidefiles, summary
     from ds4convert import plan as plans
     from ds4convert.config import parse_config
@@ -123,8 +124,7 @@ def _planned(src: str | None, config: str | None, choices: dict[str, Any], may_b
     if choices["from_mlx"]:
         return _again(src, options, choices)
     if config is None:
-        remote = headers_of(src or "") if may_be_remote and choices["fit"] is None else None
-        source = convert.recognised(remote) if remote else convert.open_source(local(src or ""))
+        source = source_of(src or "")
         options, known = _calibrated(source.inventory, options, choices)
         options, account = _fit(source.inventory, source, options, choices, known)
         return Planned(source, convert.make_plan(source, options), account, calibration=known)
@@ -214,7 +214,7 @@ def plan(
     if (src is None) == (config is None):
         raise click.UsageError("name either SRC or --config")
     _warn_of_no_effect(session, choices)
-    planned = _planned(src, config, choices, may_be_remote=True)
+    planned = _planned(src, config, choices)
     made = planned.plan
     _warn(session, planned)
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
@@ -226,13 +226,19 @@ def plan(
 @click.argument("src")
 @click.argument("out", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace a conversion that OUT holds; other files in OUT stay.")
+@click.option("--window", type=Size(), default="8GB", show_default=True,
+              help="With SRC on the Hub: most bytes of it that lie on the disk at once.")  # fmt: skip
 @conversion_options
 @common()
-def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, **choices: Any) -> None:
+def quantize(session: Session, src: str, out: Path, overwrite: bool, window: int, jobs: int, **choices: Any) -> None:
     """Convert the checkpoint SRC into the MLX folder OUT. Run it again after an interruption: it goes on.
+
+    A SRC on the Hub is not stored: its shards are fetched ahead of use and dropped after, each checked against the
+    digest that the Hub lists.
 
     \b
     Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --keep-mtp
+             ds4convert quantize hf://deepseek-ai/DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --window 20GB
     """
     import time
 
@@ -240,7 +246,7 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     from ds4convert.formats.quantize import no_importance
 
     start = time.monotonic()
-    _warn_of_no_effect(session, choices)
+    _warn_of_no_effect(session, choices | ({} if src.startswith("hf://") else {"window": None}))
     planned = _planned(src, None, choices)
     source, made = planned.source, planned.plan
     assert source is not None
@@ -248,7 +254,9 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, jobs: int, 
     facts = summary.summarise(made, out, jobs) | ({"fit": planned.fit} if planned.fit else {})
     weigh = planned.calibration.importance if planned.calibration else no_importance
     with session.progress(facts["output_bytes"], "converting") as progress:
-        outcome = convert.run(source, made, out, jobs, overwrite, progress, None, weigh, ending=planned.ending)
+        outcome = convert.run(
+            source, made, out, jobs, overwrite, progress, None, weigh, ending=planned.ending, window_bytes=window
+        )
     seconds = time.monotonic() - start
     facts |= {"seconds": round(seconds, 3), "bytes_per_second": round(facts["output_bytes"] / seconds)}
     facts |= {

@@ -16,6 +16,7 @@ from ds4convert.choices import F
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
+    from ds4convert.convert import Source
     from ds4convert.folder import Checkpoint
 
 
@@ -116,10 +117,21 @@ def headers_of(src: str) -> Checkpoint | None:
     return hub.read_remote(hub.open_repo(src))
 
 
+def source_of(src: str) -> Source:
+    """Return the checkpoint that `src` names, a folder or a repo of the Hub, as the source of a conversion."""
+    from ds4convert import convert
+
+    if not src.startswith("hf://"):
+        return convert.open_source(Path(src))
+    from ds4convert import hub
+
+    return hub.source(hub.open_repo(src))
+
+
 def local(src: str) -> Path:
     """Return the folder that `src` names. Raises `UsageError` for a repo of the Hub."""
     if src.startswith("hf://"):
-        raise UsageError(f"{src}: this reads tensors, which need a folder; `ds4convert pull {src}` first, then name it")
+        raise UsageError(f"{src}: this reads all tensors, which needs a folder; `ds4convert pull {src}` first")
     return Path(src)
 
 

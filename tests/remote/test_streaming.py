@@ -1,0 +1,154 @@
+"""`quantize hf://`: the same folder as from a pulled repo, through a window, whatever the Hub does meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ds4convert import convert
+from ds4convert import hub as hubs
+from ds4convert import plan as plans
+from ds4convert.layouts import layout_of
+from ds4convert.recipes import recipe_of
+from tests.hub import LocalHub
+from tests.remote.conftest import NAME, REPO, Call
+from tests.remote.test_pull import SHARDS, fetched
+from tests.support import ROOT, Result, assert_refused, tree
+
+
+@pytest.fixture
+def wanted(call: Call, commit: str, tmp_path: Path) -> dict[str, str]:
+    """Return what the conversion of the pulled repo is."""
+    assert call("pull", REPO, "pulled").code == 0
+    assert call("quantize", tmp_path / "pulled", tmp_path / "wanted").code == 0
+    return tree(tmp_path / "wanted")
+
+
+def streamed(call: Call, *more: object) -> Result:
+    return call("quantize", REPO, "out", "--window", "1MB", *more)
+
+
+def test_the_result_is_that_of_the_pulled_repo_and_each_byte_comes_once(
+    hub: LocalHub, call: Call, wanted: dict[str, str], mini_source: Path, tmp_path: Path
+) -> None:
+    hub.reset_counters()
+    result = call("quantize", REPO, "out", "--json")
+    assert result.code == 0, result
+    assert tree(tmp_path / "out") == wanted
+    whole = sum(p.stat().st_size for p in mini_source.glob(SHARDS))
+    assert sum(fetched(hub).values()) < 2 * whole, "headers are read with up to 224 kB of what follows"
+    hub.reset_counters()
+    again = call("quantize", REPO, "out", "--json")
+    assert again.json["already_done"] is True and sum(fetched(hub).values()) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--no-hash"], ["--drop-mtp"], ["--backbone", "affine-4-g32", "--jobs", "3"]])
+def test_options_give_what_they_give_locally(
+    call: Call, commit: str, mini_source: Path, tmp_path: Path, words: list[str]
+) -> None:
+    assert call("pull", REPO, "pulled").code == 0
+    assert call("quantize", "pulled", "here", *words).code == 0
+    assert streamed(call, *words).code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
+
+
+def windowed(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """Convert with a small window; return the most bytes that its folder held, sampled at each fetch."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    source = hubs.source(hubs.open_repo(NAME, endpoint=hub.url, token=hub.token))
+    made = convert.make_plan(source, plans.Options(recipe_of("native"), layout_of("inline")))
+    held: list[int] = []
+    plain = hubs.read_range
+
+    def watched(*args: object) -> object:
+        window = tmp_path / "out" / ".ds4convert" / "window"
+        held.append(sum(p.stat().st_size for p in window.iterdir() if p.exists()) if window.is_dir() else 0)
+        return plain(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hubs, "read_range", watched)
+    convert.run(source, made, tmp_path / "out", window_bytes=limit)
+    return held
+
+
+def test_the_window_is_never_exceeded_and_gone_at_the_end(
+    hub: LocalHub, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 1 << 20
+    held = windowed(hub, tmp_path, monkeypatch, limit)
+    assert held and max(held) <= limit
+    assert tree(tmp_path / "out") == wanted and not (tmp_path / "out" / ".ds4convert").exists()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("status", {"code": 503}), ("status", {"code": 429, "retry_after": 0}), ("cut", {"after": 1000, "times": 3})],
+        [("ignore_range", {}), ("content_range", {}), ("expired_download", {}), ("html", {}), ("slow", {})],
+    ],
+    ids=["busy and cut", "wrong answers"],
+)
+def test_faults_that_pass_end_in_the_right_folder(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path, faults: list[tuple[str, dict[str, int]]]
+) -> None:
+    for kind, more in faults:
+        hub.faults.add(kind, f"{NAME}/{SHARDS}" if kind == "status" else SHARDS, **more)  # type: ignore[arg-type]
+    assert streamed(call).code == 0
+    assert tree(tmp_path / "out") == wanted
+
+
+def test_a_wrong_byte_is_found_by_the_shards_digest_and_what_was_made_of_it_is_made_again(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    assert call("inspect", REPO).code == 0  # headers come from the cache from now on
+    hub.faults.add("wrong", SHARDS, at=7, skip=2)
+    assert_refused(streamed(call), "sha256", "again", code=4)
+    assert not (tmp_path / "out" / "ds4convert_manifest.json").exists()
+    assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
+
+
+def test_a_changed_etag_stops_the_run_and_leaves_it_resumable(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    assert call("inspect", REPO).code == 0
+    hub.faults.add("etag", SHARDS, skip=3)
+    assert_refused(streamed(call), "etag", code=4)
+    assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
+
+
+def test_a_killed_run_goes_on_to_the_same_folder(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environment()
+    command = [sys.executable, "-m", "ds4convert", "quantize", REPO, "out", "--window", "1MB"]
+    hub.faults.add("slow", SHARDS, times=-1, bytes_per_second=1_000_000)
+    moments = random.Random(2)
+    for _ in range(10 if request.config.getoption("--nightly") else 2):
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        state = tmp_path / "out" / ".ds4convert" / "journal.jsonl"
+        deadline = time.monotonic() + 30
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.random() / 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    hub.faults.clear()
+    assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
+
+
+def test_offline_private_and_unknown_repos_have_their_own_messages(
+    hub: LocalHub, call: Call, mini_source: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("owner/private", mini_source, private=True)
+    assert_refused(call("quantize", REPO, "out", HF_HUB_OFFLINE="1"), "offline mode", code=4)
+    assert_refused(call("quantize", "hf://owner/private", "out", HF_TOKEN=""), "token", code=4)
+    assert_refused(call("quantize", "hf://owner/none", "out"), "no such repo", code=4)
+    assert not (tmp_path / "out").exists()
