@@ -59,6 +59,19 @@ def compare_views(
         ra.close()
 
 
+def compare_headers(
+    a: View, b: View, progress: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[str, Logical | None, Logical | None, Difference]]:
+    """Yield as `compare_views` what headers alone tell: shapes and formats; values are not read."""
+    for key in [*a.tensors, *(k for k in b.tensors if k not in a.tensors)]:
+        x, y = a.tensors.get(key), b.tensors.get(key)
+        found = Difference(key, "same")
+        if x is not None and y is not None and x.shape != y.shape:
+            found = Difference(key, "shape", False, detail=f"{list(x.shape)} and {list(y.shape)}")
+        progress((x or y).size)  # type: ignore[union-attr]
+        yield key, x, y, found
+
+
 def difference(a: Logical | None, b: Logical | None, ra: Reader, rb: Reader) -> Difference:
     """Return how the values of `b` differ from those of `a`, streaming both."""
     if a is None or b is None:

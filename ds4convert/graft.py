@@ -136,7 +136,7 @@ _HOST_KEYS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "
 
 def _check_values(base: Stored, source: Source) -> tuple[str, str]:
     """Return (what was compared, what is wrong with it or "")."""
-    wanted = logical.source_view(source.checkpoint, source.inventory, source.named)
+    wanted = logical.source_view(source.checkpoint, source.inventory, source.named, source.remote)
     layers = base.inventory.config.layers
     some = {None, 0, layers // 2, layers - 1}
     chosen = {

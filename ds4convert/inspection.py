@@ -212,10 +212,15 @@ def view_of(path: Path) -> logical.View:
     Raises `InputError` when a source or converted folder does not hold what its config implies.
     """
     checkpoint = read_checkpoint(path)
-    if path.is_file() or checkpoint.config is None:
+    return logical.plain_view(checkpoint) if path.is_file() else view_of_headers(checkpoint)
+
+
+def view_of_headers(checkpoint: Checkpoint) -> logical.View:
+    """Return the logical tensors of a checkpoint whose headers have been read, wherever it is. Raises as `view_of`."""
+    if checkpoint.config is None:
         return logical.plain_view(checkpoint)
     if logical.is_mlx(checkpoint):
-        return logical.read_mlx(path, checkpoint).view
+        return logical.read_mlx(checkpoint.path, checkpoint).view
     source = convert.recognised(checkpoint)
     return logical.source_view(source.checkpoint, source.inventory, source.named)
 

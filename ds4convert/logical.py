@@ -34,6 +34,7 @@ from ds4convert.inventory import (
 )
 from ds4convert.layouts import HeadPlace, backbone_name, key_of, layouts
 from ds4convert.types import JSON, ByteRange, Finding, TensorInfo
+from ds4convert.window import Blocks, Remote
 
 ROWS_BYTES = 8 << 20
 U8 = scalars.U8
@@ -84,14 +85,17 @@ class Logical:
 
 
 class Reader:
-    """Open files of one checkpoint (and its drafter folder), read by range."""
+    """Open files of one checkpoint (and its drafter folder), read by range; those of a remote one by request."""
 
-    def __init__(self, paths: list[tuple[Path, str]]) -> None:
-        self.fds = [open_file(resolve_inside(folder, name), name) for folder, name in paths]
+    def __init__(self, paths: list[tuple[Path, str]], remote: Remote | None = None) -> None:
         self._names = [name for _, name in paths]
+        self._blocks = Blocks(remote, self._names) if remote else None
+        self.fds = [] if remote else [open_file(resolve_inside(folder, name), name) for folder, name in paths]
 
     def get(self, r: ByteRange, start: int, size: int) -> bytes:
         """Return `size` bytes from `start` within the range `r`."""
+        if self._blocks is not None:
+            return self._blocks.get(r, start, size)
         data = os.pread(self.fds[r.file], size, r.offset + start)
         if len(data) != size:
             raise HeaderError(f"{self._names[r.file]}: ends before byte {r.offset + start + size}")
@@ -111,10 +115,11 @@ class View:
     tensors: Mapping[str, Logical]
     paths: tuple[tuple[Path, str], ...]
     unknown: tuple[TensorInfo, ...] = ()
+    remote: Remote | None = None
 
     def reader(self) -> Reader:
         """Return an open reader; the caller closes it."""
-        return Reader(list(self.paths))
+        return Reader(list(self.paths), self.remote)
 
 
 def codes(view: Logical, reader: Reader, matrix: int, first: int, rows: int) -> U8:
@@ -185,8 +190,11 @@ def _geometry(module: Module) -> tuple[tuple[int, ...], int, int]:
     return shape, math.prod(module.shape) // cols, cols
 
 
-def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> View:
-    """Return the logical tensors of a source checkpoint; modules with missing tensors are not in it."""
+def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named, remote: Remote | None = None) -> View:
+    """Return the logical tensors of a source checkpoint; modules with missing tensors are not in it.
+
+    `remote`: what fetches its bytes, where they are somewhere else.
+    """
     out: dict[str, Logical] = {}
     for module in inventory.modules:
         found = _source_ranges(module, named)
@@ -201,7 +209,7 @@ def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> V
             weight, scale, module.tile, module.part, module.role, module.block, size,
         )  # fmt: skip
     paths = tuple((checkpoint.path, n) for n in checkpoint.file_names)
-    return View("source", out, paths)
+    return View("source", out, paths, remote=remote)
 
 
 def _source_ranges(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds4convert import layerwise_check, logical, losses, manifest, mtp_facts, prompts, verdict, verify
+from ds4convert.convert import Source
 from ds4convert.errors import Ds4Error, InputError, UsageError
 from ds4convert.folder import read_checkpoint, resolve_inside
 from ds4convert.types import JSON, TensorInfo
@@ -37,7 +38,7 @@ class Request:
     folder: Path
     level: str
     mtp: bool = False
-    source: Path | None = None
+    source: Path | Source | None = None
     reference: Path | None = None
     prompts: Path | None = None
     max_tokens: int = 64
@@ -102,6 +103,8 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
     fit.
     """
     out = Outcome()
+    if request.layerwise and isinstance(request.source, Source):
+        raise UsageError("--layerwise runs the source as well, which needs its folder: `ds4convert pull` it first")
     if request.layerwise and (request.mtp or request.reference or request.level in RUNNING):
         raise UsageError("--layerwise never holds the whole model, so it cannot decode: leave out the other options")
     plan = _prepare(request, say) if needs_model(request) else None
@@ -116,7 +119,7 @@ def run(request: Request, say: Say = lambda text: None, progress: verify.Progres
     if plan is not None and request.layerwise:
         ids = [list(p.ids) for p in plan.prompts]
         checks, out.facts["layerwise"] = layerwise_check.run(
-            request.folder, ids, plan.vocab, request.source, request.dtype, progress
+            request.folder, ids, plan.vocab, _folder(request.source), request.dtype, progress
         )
         out.checks += checks
     elif plan is not None:
@@ -335,18 +338,26 @@ def _measure(request: Request, model: Model, chosen: list[Prompt], compute: Comp
         out.add("decoding", ["log-probabilities that are not numbers"], "")
 
 
+def _folder(source: Path | Source | None) -> Path | None:
+    """Return the folder of a source that is here."""
+    return source if isinstance(source, Path) else None
+
+
 def _divergence_from_source(request: Request, model: Model, passes: list[Passed], out: Outcome, say: Say) -> None:
     """Add KL(source || converted) over the prompts, where the memory holds the source too."""
     from ds4convert.inference import evaluate, forced, load
 
-    assert request.source is not None
-    compute = evaluate.choose_compute(request.source, 512, "float32")
+    source = _folder(request.source)
+    if source is None:
+        say("KL against the source left out: running it needs its folder; `ds4convert pull` it first.")
+        return
+    compute = evaluate.choose_compute(source, 512, "float32")
     if not compute.fits or (compute.free_bytes is not None and compute.needed_bytes > compute.free_bytes // 2):
         say(f"KL against the source left out: loading it takes about {compute.needed_bytes / 1e9:.1f} GB of memory.")
         out.facts["kl"] = None
         return
     drafts = [forced.head_logits(model, p) for p in passes] if model.head.present else []
-    theirs, _ = load.load_model(request.source, dtype="float32", dense=compute.dense, require_manifest=False)
+    theirs, _ = load.load_model(source, dtype="float32", dense=compute.dense, require_manifest=False)
     found = forced.source_divergence(theirs, passes, drafts)
     out.facts["kl"] = {part: dataclasses.asdict(d) for part, d in found.items()}
 

@@ -240,6 +240,8 @@ def differences(facts: JSON, shown: int = 40) -> str:
         lines += ["", table(("tensor", "status", "first", "second", "difference"), rows)]
     if len(unlike) > shown:
         lines.append(f"and {len(unlike) - shown:,} more (all with --json)")
+    if not facts["values_compared"]:
+        lines.append("By headers alone: names, shapes and formats; values were not compared.")
     return "\n".join(lines)
 
 

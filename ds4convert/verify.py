@@ -6,6 +6,7 @@ and the head that the config promises is there. Level `source`: every tensor com
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ds4convert import compare, convert, logical, manifest, stored
 from ds4convert import inventory as inventories
+from ds4convert.convert import Source
 from ds4convert.errors import Ds4Error, InputError
 from ds4convert.folder import Checkpoint, open_file, read_checkpoint, read_small, resolve_inside
 from ds4convert.headers import parse_index
@@ -211,8 +213,10 @@ def _head(folder: logical.MlxFolder, record: JSON | None) -> tuple[bool, str]:
     return True, "no head, and none promised" if kind == "none" else f"{kind} head present"
 
 
-def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress = lambda n: None) -> list[Check]:
-    """Return the checks of every tensor of the folder against the source checkpoint at `source`.
+def against_source(
+    path: Path, source: Path | Source, jobs: int = 2, progress: Progress = lambda n: None
+) -> list[Check]:
+    """Return the checks of every tensor of the folder against a source checkpoint: its folder, or one opened.
 
     Where the format keeps the source's codes, codes and values both have to be equal; a dequantized tensor has to be
     the correctly rounded value; a quantized one has to be as far from the source as the manifest records.
@@ -232,9 +236,8 @@ def against_source(path: Path, source: Path, jobs: int = 2, progress: Progress =
     for name, view in views:
         ours = _without_head(wanted) if folder.head_kind == "none" else wanted
         if name:
-            ours = logical.View(
-                ours.kind, {k: t for k, t in ours.tensors.items() if t.part == inventories.HEAD}, ours.paths
-            )
+            head = {k: t for k, t in ours.tensors.items() if t.part == inventories.HEAD}
+            ours = dataclasses.replace(ours, tensors=head)
         checks.append(Check(f"values{name}", *_values(ours, view, _losses(record), jobs, progress)))
     return checks
 
@@ -248,14 +251,19 @@ class Opened:
     view: logical.View
 
 
-def _opened(path: Path) -> Opened:
+def _opened(path: Path | Source) -> Opened:
     """Return an official checkpoint, or (the source of `--from-mlx`) a converted folder, opened."""
+    if isinstance(path, Source):
+        return _opened_source(path)
     if path.is_dir() and logical.is_mlx(read_checkpoint(path)):
         base = stored.read(path)
         names = [name for m in base.modules for p in m.parts for name in p.names]
         return Opened(base.files, names, base.folder.view)
-    source = convert.open_source(path)
-    view = logical.source_view(source.checkpoint, source.inventory, source.named)
+    return _opened_source(convert.open_source(path))
+
+
+def _opened_source(source: Source) -> Opened:
+    view = logical.source_view(source.checkpoint, source.inventory, source.named, source.remote)
     return Opened(source.checkpoint.files, [t.name for t in source.checkpoint.tensors()], view)
 
 
@@ -277,7 +285,7 @@ def _views(folder: logical.MlxFolder) -> list[tuple[str, logical.View]]:
 
 def _without_head(view: logical.View) -> logical.View:
     kept = {k: t for k, t in view.tensors.items() if t.part != inventories.HEAD}
-    return logical.View(view.kind, kept, view.paths)
+    return dataclasses.replace(view, tensors=kept)
 
 
 def _same_source(record: JSON, source: Opened) -> tuple[bool, str]:

@@ -400,10 +400,8 @@ class Window:
 class Ranges:
     """Reads of single ranges: each is a request of its own; the last ones are kept, as samples are read repeatedly."""
 
-    KEPT = 256 << 20
-
-    def __init__(self, remote: Remote, names: Sequence[str]) -> None:
-        self._remote, self._names = remote, names
+    def __init__(self, remote: Remote, names: Sequence[str], most: int = 256 << 20) -> None:
+        self._remote, self._names, self._most = remote, names, most
         self._kept: dict[ByteRange, bytes] = {}
         self._lock = threading.Lock()
 
@@ -415,9 +413,28 @@ class Ranges:
             data = b"".join(self._remote.fetch(self._names[r.file], r.offset, r.size))
             with self._lock:
                 self._kept[r] = data
-                while sum(map(len, self._kept.values())) > self.KEPT:
+                while sum(map(len, self._kept.values())) > self._most:
                     del self._kept[next(iter(self._kept))]
         return data
+
+
+class Blocks:
+    """Reads inside ranges, front to back as comparisons go: fetched in blocks, of which the last ones are kept."""
+
+    SIZE, KEPT = 8 << 20, 24
+
+    def __init__(self, remote: Remote, names: Sequence[str]) -> None:
+        self._ranges = Ranges(remote, names, self.SIZE * self.KEPT)
+
+    def get(self, r: ByteRange, start: int, size: int) -> bytes:
+        """Return `size` bytes from `start` within the range `r`."""
+        out = bytearray()
+        while len(out) < size:
+            at = start + len(out)
+            first = at - at % self.SIZE
+            block = self._ranges.read(ByteRange(r.file, r.offset + first, min(self.SIZE, r.size - first)))
+            out += block[at - first : at - first + size - len(out)]
+        return bytes(out)
 
 
 def _read_shards(state: Path) -> dict[str, Any]:

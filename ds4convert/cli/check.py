@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ds4convert.choices import PATH, verify_options
-from ds4convert.cli.session import Session, cli, common, local
+from ds4convert.cli.session import Session, cli, common, headers_of, source_of
 
 
 def _without_effect(options: dict[str, Any], report: bool, level: str | None) -> list[str]:
@@ -76,7 +76,7 @@ def verify(
     decodes = page is not None and not options["layerwise"]
     reached = mtp_check.level_of(level, options["mtp"], source is not None, decodes)
     depth = options.pop("draft_depth")
-    given = local(source) if source else None
+    given = (source_of(source) if source.startswith("hf://") else Path(source)) if source else None
     request = mtp_check.Request(mlx_dir, reached, source=given, depth=depth, wants_report=page is not None, **options)
     with session.progress(verifying.work(mlx_dir, source is not None), "verifying") as progress:
         outcome = mtp_check.run(request, session.note, progress)
@@ -100,14 +100,20 @@ def verify(
 def diff(session: Session, a: str, b: str, jobs: int) -> int:
     """Compare two checkpoints tensor by tensor, whatever their format and spelling. Exit code 1 if they differ.
 
+    Of a repo of the Hub only headers are read: names, shapes and formats are compared, values are not.
+
     \b
     Example: ds4convert diff DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx
+             ds4convert diff hf://deepseek-ai/DeepSeek-V4-Flash DeepSeek-V4-Flash
     """
     from ds4convert import compare, report
-    from ds4convert.inspection import view_of
+    from ds4convert.inspection import view_of, view_of_headers
 
-    first, second = view_of(local(a)), view_of(local(b))
+    far = a.startswith("hf://") or b.startswith("hf://")
+    first, second = (view_of_headers(found) if (found := headers_of(x)) else view_of(Path(x)) for x in (a, b))
     with session.progress(sum(t.size for t in first.tensors.values()), "comparing") as progress:
-        facts = compare.summarise(compare.compare_views(first, second, jobs, progress))
+        headers = compare.compare_headers(first, second, progress)
+        compared = headers if far else compare.compare_views(first, second, jobs, progress)
+        facts = compare.summarise(compared) | {"values_compared": not far}
     session.emit(facts, report.differences(facts))
     return 1 if facts["changed"] or facts["only_a"] or facts["only_b"] else 0

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds4convert.choices import PATH, LayoutName, Size
-from ds4convert.cli.session import Session, cli, common, local, model_source
+from ds4convert.cli.session import Session, cli, common, model_source, source_of
 from ds4convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ds4convert.assembly import Assembly
+    from ds4convert.convert import Source
     from ds4convert.graft import Graft
     from ds4convert.types import JSON
 
@@ -53,11 +54,12 @@ def graft(
     Family, dims and layers have to agree, and the values of some norms and router tensors where SRC has them: the
     head of another training run would not fit. The result is what `quantize` would have written with the head kept.
     Run it again after an interruption: it goes on. In place, the folder is the old one or unfinished at any moment;
-    names as mlx-vlm writes them cannot stay, so such a folder needs --out.
+    names as mlx-vlm writes them cannot stay, so such a folder needs --out. Of a SRC on the Hub only the head and what
+    is compared is fetched.
 
     \b
     Example: ds4convert graft DeepSeek-V4-Flash-4bit --from DeepSeek-V4-Flash --out DeepSeek-V4-Flash-4bit-mtp
-             ds4convert graft DeepSeek-V4-Flash-4bit --from DeepSeek-V4-Flash --in-place
+             ds4convert graft DeepSeek-V4-Flash-4bit --from hf://deepseek-ai/DeepSeek-V4-Flash --in-place
              ds4convert graft --remove DeepSeek-V4-Flash-4bit
     """
     from ds4convert import inplace
@@ -77,11 +79,11 @@ def graft(
         facts = {"manifest": str(mlx_dir / "ds4convert_manifest.json"), "resumed": True, "already_done": True}
         session.emit(facts, f"{mlx_dir}: finished the graft that an earlier run had begun.")
         return
-    _graft(session, mlx_dir, local(src), out, **choices)
+    _graft(session, mlx_dir, source_of(src), out, **choices)
 
 
 def _graft(
-    session: Session, mlx_dir: Path, src: Path, out: Path | None, mtp: str | None, layout: str | None,
+    session: Session, mlx_dir: Path, source: Source, out: Path | None, mtp: str | None, layout: str | None,
     max_shard_size: int, force: bool, overwrite: bool, jobs: int,
 ) -> None:  # fmt: skip
     from ds4convert import convert, inplace, report
@@ -93,9 +95,10 @@ def _graft(
     request = grafting.Request(
         layout_of(layout) if layout else None, check_format(mtp) if mtp else None, check_limit(max_shard_size), force
     )
+    src = source.checkpoint.path
     for a, b in ((src, mlx_dir), *(((src, out), (mlx_dir, out)) if out else ())):
         convert.check_places(a, b)
-    planned: Graft = grafting.plan(mlx_dir, convert.open_source(src), request, model_source())
+    planned: Graft = grafting.plan(mlx_dir, source, request, model_source())
     session.note(f"checked: {planned.checked}")
     for text in planned.warnings:
         session.warn(text)

@@ -17,10 +17,11 @@ from ds4convert import hub as hubs
 from ds4convert import plan as plans
 from ds4convert.layouts import layout_of
 from ds4convert.recipes import recipe_of
+from tests import support, support_run
 from tests.hub import LocalHub
 from tests.remote.conftest import NAME, REPO, Call
 from tests.remote.test_pull import SHARDS, fetched
-from tests.support import ROOT, Result, assert_refused, tree
+from tests.support import ROOT, Result, assert_refused, read_folder, tree
 
 
 @pytest.fixture
@@ -152,3 +153,58 @@ def test_offline_private_and_unknown_repos_have_their_own_messages(
     assert_refused(call("quantize", "hf://owner/private", "out", HF_TOKEN=""), "token", code=4)
     assert_refused(call("quantize", "hf://owner/none", "out"), "no such repo", code=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_on_the_hub_grafts_to_the_full_conversion_and_little_else_is_fetched(
+    hub: LocalHub, call: Call, wanted: dict[str, str], mini_source: Path, tmp_path: Path
+) -> None:
+    assert call("quantize", "pulled", "bare", "--drop-mtp").code == 0
+    assert call("inspect", REPO).code == 0
+    hub.reset_counters()
+    result = call("graft", "bare", "--from", REPO, "--out", "whole", "--json")
+    assert result.code == 0, result
+    assert tree(tmp_path / "whole") == wanted and "norms" in result.json["checked"]
+    head = sum(len(t.data) for n, t in read_folder(mini_source).items() if n.startswith("mtp."))
+    small = sum(len(t.data) for n, t in read_folder(mini_source).items() if "norm" in n or "ffn.gate" in n)
+    assert head <= sum(fetched(hub).values()) <= 1.01 * head + small
+    assert call("graft", "bare", "--from", REPO, "--in-place").code == 0
+    assert tree(tmp_path / "bare") == wanted
+
+
+def test_a_graft_meets_faults_as_a_conversion_does(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    assert call("quantize", "pulled", "bare", "--drop-mtp").code == 0 and call("inspect", REPO).code == 0
+    for kind in ("cut", "html", "ignore_range", "content_range", "expired_download"):
+        hub.faults.add(kind, SHARDS)
+    hub.faults.add("etag", SHARDS, skip=5)
+    assert_refused(call("graft", "bare", "--from", REPO, "--out", "whole"), "etag", code=4)
+    assert not (tmp_path / "whole" / "ds4convert_manifest.json").exists()
+    assert call("graft", "bare", "--from", REPO, "--out", "whole").code == 0
+    assert tree(tmp_path / "whole") == wanted
+
+
+def test_diff_reads_headers_and_verify_compares_values_with_the_hub(
+    hub: LocalHub, call: Call, wanted: dict[str, str], mini_source: Path, tmp_path: Path
+) -> None:
+    other = support.copy_folder(mini_source, tmp_path / "other")
+    shard = next(other.glob(SHARDS))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    hub.add_repo("owner/other", other)
+    same = call("diff", REPO, "hf://owner/other", "--json")
+    assert (same.code, same.json["changed"], same.json["values_compared"]) == (0, 0, False)
+    assert call("diff", REPO, "wanted").code == 0
+    assert call("diff", "pulled", "other").code == 1, "values do differ"
+    assert call("verify", "wanted", "--source", REPO).code == 0
+    assert call("verify", "wanted", "--source", "hf://owner/other").code == 1
+    assert_refused(call("verify", "wanted", "--source", REPO, "--layerwise"), "pull", code=2)
+
+
+def test_fit_measures_a_repo_by_samples(hub: LocalHub, call: Call, tmp_path: Path) -> None:
+    source = support_run.tiny(tmp_path / "tiny")
+    hub.add_repo("owner/tiny", source)
+    words = ["--fit", "1GB", "--context", "64", "--json"]
+    far, near = call("plan", "hf://owner/tiny", *words), call("plan", source, *words)
+    assert near.code == 0 and far.json["fit"] == near.json["fit"]
