@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
+from tests.repetitions import NIGHTLY
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="only with --nightly")
     for item in items:
-        if item.get_closest_marker("nightly"):
+        if item.get_closest_marker("nightly") or NIGHTLY.search(item.nodeid):
             item.add_marker(skip)
 
 

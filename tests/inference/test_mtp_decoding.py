@@ -12,7 +12,7 @@ from golden_data import LOGIT_TOLERANCE, NAMES, PROMPTS, build, golden, max_diff
 from ds4convert.inference.decode import DecodeStats, mtp_generate_step, plain_generate_step
 from ds4convert.inference.sampling import Sampling
 
-SHORT = 100
+SHORT = 64
 LENGTHS = [SHORT, pytest.param(500, marks=pytest.mark.nightly)]
 """500 tokens of one checkpoint at every depth are in tests/demo, on each change."""
 

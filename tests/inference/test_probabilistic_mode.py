@@ -17,7 +17,7 @@ from ds4convert.inference.decode import mtp_generate_step
 from ds4convert.inference.sampling import Sampling
 
 VOCAB = 8
-SAMPLES = 20_000
+SAMPLES = 10_000
 SHORT = 5_000
 BACKBONE = 1.5 * mx.random.normal((VOCAB, VOCAB), key=mx.random.key(1))
 HEAD = BACKBONE + 1.2 * mx.random.normal((VOCAB, VOCAB), key=mx.random.key(2))
