@@ -76,6 +76,12 @@ def _has_head(facts: Facts) -> bool:
     return any(r.get("part") == "mtp" for r in facts.record.get("tensors", []))
 
 
+def _native_head(record: JSON) -> bool:
+    """Return whether the head is as the official checkpoint has it, or in BF16."""
+    formats = {v for k, v in record.get("formats", {}).items() if k.startswith("mtp")}
+    return formats <= {"native", "bf16"}
+
+
 def _title(facts: Facts) -> str:
     repo, revision = _base(facts)
     at = f" at commit `{revision}`" if revision else ""
@@ -155,7 +161,10 @@ def _use(facts: Facts, layout: Layout) -> str:
     lines += [h.command.replace("DIR", place) for h in layout.hosts if h.command]
     rows = [["ds4convert", facts.record.get("tool", {}).get("version", "?"), "yes" if mtp else "no head here"]]
     for host in layout.hosts:
-        rows.append([host.name, host.versions, (host.mtp or "backbone only") if mtp else "no head here"])
+        uses = host.mtp or "backbone only"
+        if host.native_head and not _native_head(facts.record):
+            uses = "no: it reads a head at the official precision alone"
+        rows.append([host.name, host.versions, uses if mtp else "no head here"])
     shell = "\n".join(lines)
     head = ["program", "version", "uses the head"]
     return f"## Use\n\n```sh\n{shell}\n```\n\n{table(head, rows).replace('DIR', place)}"

@@ -21,7 +21,8 @@ from ds4convert.inventory import BACKBONE, Module
 class Host:
     """A program that loads a layout: its versions, and the option that makes it use the head ("" if none).
 
-    `command` loads the folder DIR ("" where there is no such command line).
+    `command` loads the folder DIR ("" where there is no such command line). `native_head`: it reads a head at the
+    official checkpoint's own precision (or in BF16) alone.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Host:
     backbone: bool
     mtp: str
     command: str = ""
+    native_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,21 @@ def _warn_of_rounding(session: Session, made: Plan) -> None:
 
 def _warn_of_head(session: Session, made: Plan) -> None:
     """Say what is known where the head is not written at its own precision."""
+    from ds4convert.layouts import layout_of
+
     lossy = sorted({s.format for s in made.steps if s.part == "mtp" and s.transform.startswith("quantize_")})
     if lossy:
         session.warn(
             f"the head is written as {', '.join(lossy)}. Heads are sensitive: on one published conversion a 4-bit "
             "head's acceptance fell from 59 % to 4 %. Run `ds4convert verify OUT --mtp` before you rely "
             "on it; `--mtp native` (the default) keeps it exact."
+        )
+    for host in layout_of(made.layout).hosts if lossy else ():
+        if not host.native_head:
+            continue
+        session.warn(
+            f"{host.name} {host.versions} does not load such a head in layout {made.layout}; it does in layout vlm or "
+            "universal"
         )
 
 
