@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds4convert.errors import EnvironmentFault, OutputError
+from ds4convert.errors import OutputError
 from ds4convert.files import Disk
 from ds4convert.hub_errors import hub_errors, is_passing
 from ds4convert.publication import LocalFile, Package
@@ -121,9 +122,8 @@ def _bring(package: Package, target: Target, jobs: int, sent: Sent, done: _Done,
         if add.upload_info.sha256.hex() != file.sha256:
             raise OutputError(f"{file.path}: was changed while it was being published; verify the folder and repeat")
         api.preupload_lfs_files(target.repo, [add], revision=target.branch, num_threads=1, free_memory=False)
-        if file.sha256 not in done.names:
+        if done.add(file.sha256):
             sent.bytes += file.size
-            done.add(file.sha256)
         progress(file.size)
         return add
 
@@ -134,10 +134,11 @@ def _bring(package: Package, target: Target, jobs: int, sent: Sent, done: _Done,
         target.repo, operations, commit_message=COMMIT_MESSAGE, revision=target.branch, parent_commit=head
     )
     sent.commit, sent.removed = info.oid, stale
+    done.clear()
 
 
 class _Done:
-    """The digests of files that earlier rounds or runs sent to a repo, so that `bytes_sent` counts no file twice.
+    """The digests of files that were sent to a repo since its last commit, so that `bytes_sent` counts no file twice.
 
     Kept in the client's own folder; losing it costs nothing but that count.
     """
@@ -147,17 +148,27 @@ class _Done:
 
         place = hashlib.sha256(f"{target.endpoint or constants.ENDPOINT}\n{target.repo}".encode()).hexdigest()[:32]
         self.path = Path(constants.HF_HOME) / "ds4convert" / "sent" / place
-        self.names: set[str] = set()
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
         with suppress(OSError, ValueError):
-            self.names = set(json.loads(self.path.read_text()))
+            self._names = set(json.loads(self.path.read_text()))
 
-    def add(self, digest: str) -> None:
-        """Remember one."""
-        self.names.add(digest)
-        with suppress(OSError, EnvironmentFault):
+    def add(self, digest: str) -> bool:
+        """Remember one; return whether it is new."""
+        with self._lock, suppress(OSError):
+            if digest in self._names:
+                return False
+            self._names.add(digest)
             disk = Disk()
             disk.make_folder(self.path.parent)
-            disk.write_file(self.path, json.dumps(sorted(self.names)).encode())
+            disk.write_file(self.path, json.dumps(sorted(self._names)).encode())
+        return True
+
+    def clear(self) -> None:
+        """Forget all: the commit has them."""
+        self._names.clear()
+        with suppress(OSError):
+            Disk().remove(self.path)
 
 
 def compare(package: Package, target: Target, commit: str) -> list[str]:
