@@ -189,8 +189,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Difference]]) -> JSON:
-    """Return the figures of `diff` under the keys of the command line contract; `same` counts equal values."""
+def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Difference]], values: bool = True) -> JSON:
+    """Return the figures of `diff` under the keys of the command line contract; `same` counts equal values.
+
+    `values`: whether values were compared at all.
+    """
     rows = [tensor_json(*c) for c in compared]
     count = {name: sum(r["status"] == name for r in rows) for name in STATUSES}
     return {
@@ -200,6 +203,7 @@ def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Diff
         "changed": count["changed"],
         "only_a": count["only_a"],
         "only_b": count["only_b"],
+        "values_compared": values,
         "tensors": rows,
     }
 

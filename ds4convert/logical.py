@@ -191,10 +191,7 @@ def _geometry(module: Module) -> tuple[tuple[int, ...], int, int]:
 
 
 def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named, remote: Remote | None = None) -> View:
-    """Return the logical tensors of a source checkpoint; modules with missing tensors are not in it.
-
-    `remote`: what fetches its bytes, where they are somewhere else.
-    """
+    """Return the logical tensors of a source, whose bytes `remote` fetches, if any; no module that lacks a tensor."""
     out: dict[str, Logical] = {}
     for module in inventory.modules:
         found = _source_ranges(module, named)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ds4convert import manifest, strictjson
-from ds4convert.errors import Ds4Error
+from ds4convert.errors import Ds4Error, InputError
 from ds4convert.files import Disk, disk_errors
 from ds4convert.folder import read_small
 from ds4convert.manifest import DIGEST, VERIFY_NAME
@@ -29,7 +29,9 @@ def write(folder: Path, facts: JSON) -> None:
 
     Raises `EnvironmentFault` where the folder cannot be written.
     """
-    record = manifest.read(folder)
+    record = None
+    with suppress(InputError):  # an altered manifest: the checks have said so
+        record = manifest.read(folder)
     if record is None or "mtp" not in facts:
         return
     table = {

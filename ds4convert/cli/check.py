@@ -114,6 +114,6 @@ def diff(session: Session, a: str, b: str, jobs: int) -> int:
     with session.progress(sum(t.size for t in first.tensors.values()), "comparing") as progress:
         headers = compare.compare_headers(first, second, progress)
         compared = headers if far else compare.compare_views(first, second, jobs, progress)
-        facts = compare.summarise(compared) | {"values_compared": not far}
+        facts = compare.summarise(compared, values=not far)
     session.emit(facts, report.differences(facts))
     return 1 if facts["changed"] or facts["only_a"] or facts["only_b"] else 0

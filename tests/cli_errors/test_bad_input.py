@@ -586,7 +586,7 @@ USAGE = [
     ["quantize", "SRC", "OUT", "--max-shard-size", "-5GB"], ["quantize", "SRC", "OUT", "--max-shard-size", "inf"],
     ["quantize", "SRC", "OUT", "--max-shard-size", "nan"], ["quantize", "SRC", "OUT", "--recipe", "best"],
     ["quantize", "SRC", "OUT", "--mtp", "q4"], ["quantize", "SRC", "OUT", "--mtp", "bf16", "--drop-mtp"],
-    ["quantize", "hf://a/b", "OUT"], ["verify", "OUT", "--level", "source"], ["verify", "OUT", "--level", "x"],
+    ["quantize", "hf://a", "OUT"], ["verify", "OUT", "--level", "source"], ["verify", "OUT", "--level", "x"],
     ["verify", "OUT", "--level", "structure", "--source", "SRC"], ["diff", "a"], ["synth"], ["plan", "SRC", "--frob"],
     ["synth", "OUT", "--layers", "0"], ["synth", "OUT", "--experts", "0"], ["inspect", "hf://a"], ["pull", "a/b/c"], ["pull", "a/b@"],
 ]  # fmt: skip

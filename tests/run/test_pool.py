@@ -30,7 +30,7 @@ def test_results_and_errors_of_work_arrive(processes: bool) -> None:
 
 
 def test_rounding_gives_the_same_bytes_in_another_process() -> None:
-    chunk = pace._chunk("fp4", "affine-3-g64", "optimal")
+    chunk = pace._chunk("fp4", "affine-3-g64", "optimal", 64)
     with Pool(True) as pool:
         there, here = pool.submit(chunk.encoded).result(), chunk.encoded()
     assert isinstance(there, Encoded) and isinstance(here, Encoded)
