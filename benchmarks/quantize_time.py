@@ -22,6 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ds4convert import convert, summary
+from ds4convert import plan as plans
+from ds4convert.config import named_config, parse_config
+from ds4convert.inventory import expected
+from ds4convert.layouts import layout_of
+from ds4convert.recipes import recipe_of
+
 PROGRAM = str(Path(sys.executable).with_name("ds4convert"))
 
 
@@ -63,15 +70,22 @@ def watched(*words: object) -> tuple[dict[str, Any], int]:
     return json.loads(text), most * 1024 // 1_000_000
 
 
-def rounded(*words: object) -> int:
-    """Return the weights that a plan rounds."""
-    steps = run("plan", *words, "--full")["steps"]
-    return sum(s["weights"] for s in steps if s["transform"].startswith("quantize_"))
+def rounded(source: Path | None, recipe: str) -> int:
+    """Return the weights that a recipe rounds, of a checkpoint, or of all of Flash."""
+    options = plans.Options(recipe_of(recipe), layout_of("inline"))
+    if source is not None:
+        plan = convert.make_plan(convert.open_source(source), options)
+    else:
+        raw = named_config("flash")
+        assert raw is not None
+        inventory = expected(parse_config(raw, "flash"))
+        plan = plans.build(inventory, *summary.imagined(inventory), options, plans.SideFiles({}, ()))
+    return sum(s.weights for s in plan.steps if s.transform.startswith("quantize_"))
 
 
 def measure(source: Path, out: Path, recipe: str, rounds: int) -> str:
     """Return the line of one recipe."""
-    here, there = rounded(source, "--recipe", recipe), rounded("--config", "flash", "--recipe", recipe)
+    here, there = rounded(source, recipe), rounded(None, recipe)
     taken, projected, most = [], [], 0
     for _ in range(rounds):
         projected.append(run("plan", "--config", "flash", "--recipe", recipe)["seconds_estimate"])
