@@ -46,7 +46,8 @@ def plain(x: F32, top: int) -> tuple[F32, F32, F32]:
         scale = np.where(zero == 0, scale, edge / zero)
     bias = np.where(zero == 0, np.float32(0), edge)
     q = x - bias
-    np.divide(q, scale, out=q)
+    with np.errstate(over="ignore"):  # of ranges near the largest float32; clipped below
+        np.divide(q, scale, out=q)
     np.rint(q, out=q)
     return np.clip(q, 0, top, out=q), scale, bias
 

@@ -77,6 +77,9 @@ def encode_fp4(codes: U8, scales: U8, codec: Codec, rounding: str, importance: F
     """Return FP4 in a codec: `codes` uint8 `[rows, cols/2]`, `scales` E8M0 `[rows, cols/32]`; else as `encode`."""
     values = blocks.decode_fp4(codes, scales)
     pays = codec.mode == "affine" and affine_fp4.PAYS.get(codec.bits, 0) >= codec.group_size // MX_GROUP
+    if rounding != "optimal" and codec.mode in FAST_IN_MLX and scales.max(initial=0) <= MOST_SCALE:
+        _check_columns(values, codec)
+        return _by_mlx(values, codec)
     if rounding != "optimal" or not pays:
         return encode(values, codec, rounding, importance)
     _check(values, codec)
@@ -108,9 +111,17 @@ def decode(codec: Codec, weight: NDArray[Any], scales: NDArray[Any], biases: NDA
     return q.reshape(weight.shape[0], -1)
 
 
-def _check(values: F32, codec: Codec) -> None:
+MOST_SCALE = 250
+"""Largest E8M0 byte of which FP4 values are finite, and BF16 values, for certain."""
+
+
+def _check_columns(values: F32, codec: Codec) -> None:
     if values.shape[1] % codec.group_size:
         raise ValueError(f"{codec.name}: expected whole groups of {codec.group_size}, found {values.shape[1]} columns")
+
+
+def _check(values: F32, codec: Codec) -> None:
+    _check_columns(values, codec)
     with np.errstate(over="ignore", invalid="ignore"):
         whole = np.isfinite(values.sum()) or np.isfinite(values).all()  # the sum of good values may be infinite
     if not whole:
@@ -218,21 +229,20 @@ class _Total:
 
     def add(self, values: F32, error: F32) -> None:
         """Add a tile; float64, as squares of large values leave float32."""
-        worst, most = (float(max(x.max(), -x.min())) for x in (error, values))
-        self.max_abs = max(self.max_abs, worst)
-        self.squared += _square(error, worst)
-        self.norm += _square(values, most)
+        self.max_abs = max(self.max_abs, float(max(error.max(), -error.min())))
+        self.squared += _square(error)
+        self.norm += _square(values)
 
 
-def _square(x: F32, most: float) -> float:
-    """Return the sum of squares; in float32 (fast) where no square of a value up to `most` leaves it."""
-    if most == 0 or SAFE[0] < most < SAFE[1]:
-        return float(np.einsum("ij,ij->j", x, x).sum(dtype=np.float64))
-    return float((x.astype(np.float64) ** 2).sum())
+def _square(x: F32) -> float:
+    """Return the sum of squares: in float32 (fast) where that is an ordinary number, so that nothing was lost."""
+    with np.errstate(over="ignore"):
+        fast = float(np.einsum("ij,ij->j", x, x).sum(dtype=np.float64))
+    return fast if SAFE[0] < fast < SAFE[1] else float((x.astype(np.float64) ** 2).sum())
 
 
 SAFE = (1e-12, 1e12)
-"""Magnitudes whose squares, and sums of squares, are ordinary float32 numbers."""
+"""Numbers whose squares, and sums of squares, are ordinary float32 numbers."""
 
 
 def _weighed(error: F32, weight: F32 | None, unit: F32 | None) -> F32:

@@ -95,13 +95,13 @@ def _encode_bf16(c: Chunk) -> Encoded | Unfit:
 
 
 def _encode_values(c: Chunk, values: scalars.F32) -> Encoded | Unfit:
-    with np.errstate(over="ignore", invalid="ignore"):
-        plain = np.isfinite(values.sum())  # else look closer: the sum of good values may be infinite
-    if not plain:
+    try:
+        return encode(values, CODECS[c.codec], c.rounding, c.weigh)
+    except ValueError:
         bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            return Unfit(int(bad[0]), float(values.reshape(-1)[bad[0]]))
-    return encode(values, CODECS[c.codec], c.rounding, c.weigh)
+        if not bad.size:
+            raise
+        return Unfit(int(bad[0]), float(values.reshape(-1)[bad[0]]))
 
 
 def _encode_codec(c: Chunk) -> Encoded | Unfit:
