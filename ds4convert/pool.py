@@ -120,8 +120,8 @@ ENOUGH_WEIGHTS = 16 << 20
 MOST_WORKERS = 8
 """Worker processes at most: each is an interpreter with numpy, and a run is to stay below 1 GB in all."""
 
-WORKER_BYTES = 100 << 20
-"""Memory of a worker process (measured: 85 to 95 MB)."""
+WORKER_BYTES = 80 << 20
+"""Memory of a worker process (measured: a run of two workers takes 191 MB in all, benchmarks/quantize_time.py)."""
 
 
 def workers() -> int:
