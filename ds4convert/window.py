@@ -32,7 +32,7 @@ from ds4convert.types import ByteRange, Plan, SourceFile
 FOLDER = "window"
 SHARDS_NAME = "shards.json"
 MOST_PIECE, LEAST_PIECE = 16 << 20, 64 << 10
-LEAST_WINDOW = 1 << 20
+LEAST_WINDOW = 10**6
 GAP_BYTES = 256 << 10
 """Unneeded bytes between two ranges that are fetched along with them: less than what a request costs."""
 

@@ -253,7 +253,10 @@ def quantize(session: Session, src: str, out: Path, overwrite: bool, window: int
 
     from ds4convert import convert, report, summary
     from ds4convert.formats.quantize import no_importance
+    from ds4convert.window import LEAST_WINDOW
 
+    if window < LEAST_WINDOW:
+        raise UsageError(f"--window {window}: expected at least {LEAST_WINDOW:,} bytes")
     start = time.monotonic()
     _warn_of_no_effect(session, choices | ({} if src.startswith("hf://") else {"window": None}))
     planned = _planned(src, None, choices)

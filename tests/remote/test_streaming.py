@@ -32,6 +32,11 @@ def wanted(call: Call, commit: str, tmp_path: Path) -> dict[str, str]:
     return tree(tmp_path / "wanted")
 
 
+def heed() -> None:
+    """In the child: heed Ctrl-C, which a shell's background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def streamed(call: Call, *more: object) -> Result:
     return call("quantize", REPO, "out", "--window", "1MB", *more)
 
@@ -152,7 +157,26 @@ def test_offline_private_and_unknown_repos_have_their_own_messages(
     assert_refused(call("quantize", REPO, "out", HF_HUB_OFFLINE="1"), "offline mode", code=4)
     assert_refused(call("quantize", "hf://owner/private", "out", HF_TOKEN=""), "token", code=4)
     assert_refused(call("quantize", "hf://owner/none", "out"), "no such repo", code=4)
+    assert_refused(call("quantize", REPO, "out", "--window", "0"), "--window", "1,000,000", code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(
+    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    hub.faults.add("slow", SHARDS, times=-1, bytes_per_second=50_000)
+    command = [sys.executable, "-m", "ds4convert", "quantize", REPO, "out", "--window", "1MB"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environment()
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out" / ".ds4convert" / "window").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in told and "goes on from there" in told
+    hub.faults.clear()
+    assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
 
 
 def test_a_head_on_the_hub_grafts_to_the_full_conversion_and_little_else_is_fetched(
