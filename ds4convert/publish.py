@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds4convert.errors import OutputError
 from ds4convert.files import Disk
@@ -31,6 +31,7 @@ ROUNDS = 5
 LONGEST_WAIT_S = 20.0
 COMMIT_MESSAGE = "Upload by ds4convert publish"
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 Say = Callable[[str], None]
 
@@ -67,11 +68,20 @@ def upload(package: Package, target: Target, jobs: int, say: Say, progress: Prog
 
     disable_progress_bars()
     sent, done = Sent(), _Done(target)
+
+    def once() -> None:
+        _create(target)
+        _bring(package, target, jobs, sent, done, progress)
+
+    _patiently(target, once, say)
+    return sent
+
+
+def _patiently(target: Target, work: Callable[[], T], say: Say) -> T:
+    """Return what `work` returns; failures that may pass are met with another try, a few times."""
     for round_ in range(ROUNDS):
         try:
-            _create(target)
-            _bring(package, target, jobs, sent, done, progress)
-            return sent
+            return work()
         except Exception as e:
             wait = is_passing(e)
             if wait is None or round_ == ROUNDS - 1:
@@ -171,18 +181,9 @@ class _Done:
             Disk().remove(self.path)
 
 
-def compare(package: Package, target: Target, commit: str) -> list[str]:
+def compare(package: Package, target: Target, commit: str, say: Say = lambda text: None) -> list[str]:
     """Return what differs between the package and the Hub's files at a commit: by name, size and digest."""
-    for round_ in range(ROUNDS):
-        try:
-            tree = remote_tree(target, commit)
-            break
-        except Exception as e:
-            wait = is_passing(e)
-            if wait is None or round_ == ROUNDS - 1:
-                with hub_errors(target.repo):
-                    raise
-            time.sleep(min(LONGEST_WAIT_S, max(wait, 0.3 * 2**round_)))
+    tree = _patiently(target, lambda: remote_tree(target, commit), say)
     return list(_differences(package.files, tree))
 
 

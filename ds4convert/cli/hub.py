@@ -92,7 +92,7 @@ def publish(
         return 0
     with session.progress(package.size, "uploading") as progress:
         sent = publishing.upload(package, target, jobs, session.note, progress)
-    differences = publishing.compare(package, target, sent.commit)
+    differences = publishing.compare(package, target, sent.commit, session.note)
     facts = publishing.facts(package, target, sent, differences)
     session.emit(facts, report.publication(facts))
     return 1 if differences else 0
