@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -111,11 +112,16 @@ def test_faults_that_pass_end_in_the_right_folder(
     assert tree(tmp_path / "out") == wanted
 
 
+def shard_of(source: Path, tensor: str) -> str:
+    """Return the name of the shard that holds a tensor."""
+    return str(json.loads((source / support.INDEX).read_text())["weight_map"][tensor])
+
+
 def test_a_wrong_byte_is_found_by_the_shards_digest_and_what_was_made_of_it_is_made_again(
-    hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
+    hub: LocalHub, call: Call, wanted: dict[str, str], mini_source: Path, tmp_path: Path
 ) -> None:
     assert call("inspect", REPO).code == 0  # headers come from the cache from now on
-    hub.faults.add("wrong", SHARDS, at=7, skip=2)
+    hub.faults.add("wrong", shard_of(mini_source, "mtp.0.ffn.experts.0.w1.weight"), at=7)
     assert_refused(streamed(call), "sha256", "again", code=4)
     assert not (tmp_path / "out" / "ds4convert_manifest.json").exists()
     assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
@@ -125,7 +131,7 @@ def test_a_changed_etag_stops_the_run_and_leaves_it_resumable(
     hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
 ) -> None:
     assert call("inspect", REPO).code == 0
-    hub.faults.add("etag", SHARDS, skip=3)
+    hub.faults.add("etag", SHARDS, skip=3, on="resolve")
     assert_refused(streamed(call), "etag", code=4)
     assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
 
@@ -201,7 +207,7 @@ def test_a_graft_meets_faults_as_a_conversion_does(
     assert call("quantize", "pulled", "bare", "--drop-mtp").code == 0 and call("inspect", REPO).code == 0
     for kind in ("cut", "html", "ignore_range", "content_range", "expired_download"):
         hub.faults.add(kind, SHARDS)
-    hub.faults.add("etag", SHARDS, skip=5)
+    hub.faults.add("etag", SHARDS, skip=5, on="resolve")
     assert_refused(call("graft", "bare", "--from", REPO, "--out", "whole"), "etag", code=4)
     assert not (tmp_path / "whole" / "ds4convert_manifest.json").exists()
     assert call("graft", "bare", "--from", REPO, "--out", "whole").code == 0
