@@ -13,7 +13,7 @@ from ds4convert import config as configs
 from ds4convert import execute, journal, logical, manifest
 from ds4convert import origin as origins
 from ds4convert import plan as plans
-from ds4convert.errors import EnvironmentFault, InputError, OutputError
+from ds4convert.errors import EnvironmentFault, InputError, OutputError, ValueFault
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.folder import Checkpoint, need_config, read_checkpoint, read_small
 from ds4convert.formats.quantize import Importance, no_importance
@@ -298,6 +298,12 @@ def _locked(
             run_ = execute.Run(plan, out, sources, disk, log, finished, progress, importance)
             result = run_.files(1 if window else jobs)
             sources.finish()
+        except ValueFault as e:
+            if window is None:
+                raise
+            raise EnvironmentFault(
+                f"{e}. Unless the repo is damaged, a byte came wrong: run the same command again, it fetches this anew"
+            ) from e
         finally:
             log.close()
         with disk_errors("writing", out):

@@ -127,6 +127,17 @@ def test_a_wrong_byte_is_found_by_the_shards_digest_and_what_was_made_of_it_is_m
     assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
 
 
+def test_a_wrong_byte_that_makes_a_value_impossible_is_no_fault_of_the_input(
+    hub: LocalHub, call: Call, wanted: dict[str, str], mini_source: Path, tmp_path: Path
+) -> None:
+    name = shard_of(mini_source, "layers.0.ffn.gate.tid2eid")
+    at = support.header_of(mini_source / name)["layers.0.ffn.gate.tid2eid"]["data_offsets"][0]
+    assert call("inspect", REPO).code == 0
+    hub.faults.add("wrong", name, at=at + 7)  # of the first piece, which begins where the header ends
+    assert_refused(call("quantize", REPO, "out"), "again", code=4)  # by its value or by the shard's digest
+    assert streamed(call).code == 0 and tree(tmp_path / "out") == wanted
+
+
 def test_a_changed_etag_stops_the_run_and_leaves_it_resumable(
     hub: LocalHub, call: Call, wanted: dict[str, str], tmp_path: Path
 ) -> None:
