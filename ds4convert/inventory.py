@@ -170,10 +170,15 @@ def expected(config: ModelConfig) -> Inventory:
     """Return the inventory that the config alone implies (absent `expert_dtype`: FP8 where it declares FP8)."""
     dense = "fp8" if config.has_fp8 else "bf16"
     storage = Storage(dense, config.expert_dtype or dense)
+    kind, stages = _promised_head(config)
+    return _settled(expand(config, kind, stages, {BACKBONE: storage, HEAD: storage}), {})
+
+
+def _promised_head(config: ModelConfig) -> tuple[str, int]:
+    """Return (kind, stages) of the head that the config alone promises; ("none", 0) without one."""
     head = config.family.heads.get(config.head_hint)
     stages = 0 if head is None else _stages_from_config(config, head)
-    kind = config.head_hint if stages else "none"
-    return _settled(expand(config, kind, stages, {BACKBONE: storage, HEAD: storage}), {})
+    return (config.head_hint, stages) if stages else ("none", 0)
 
 
 def _stages_from_config(config: ModelConfig, head: HeadKind) -> int:
@@ -197,8 +202,7 @@ def recognise(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Inventory
             f"{config.family.heads[hint].title}; this is a mixture of two releases, pull the repo again"
         )
     if kind == "none":
-        base = expected(config)
-        kind, stages = base.head_kind, base.stages
+        kind, stages = _promised_head(config)
     storage = {part: _storage(config, found, prefix) for part, prefix in _PREFIXES.items()}
     return _settled(expand(config, kind, stages, storage), found)
 
@@ -263,17 +267,17 @@ def _dtype(found: Mapping[str, TensorInfo], name: str) -> str:
 
 def expand(config: ModelConfig, kind: str, stages: int, storage: Mapping[str, Storage]) -> Inventory:
     """Return the inventory of a config with everything that it leaves open settled: head and storage per part."""
-    family = config.family
+    family, sizes = config.family, _Sizes(config)
     modules: list[Module] = []
     first = [r for r in family.root if r.file == "first"]
     last = [r for r in family.root if r.file != "first"]
-    modules += [_module(config, r, r.name, BACKBONE, None, 0, storage[BACKBONE]) for r in first]
+    modules += [_module(sizes, r, r.name, BACKBONE, None, 0, storage[BACKBONE]) for r in first]
     for layer in range(config.layers):
         ratio, is_hash = config.ratios[layer], layer < config.hash_layers
         rows = _rows_of(family, ratio, is_hash)
         prefix = f"layers.{layer}."
-        modules += [_module(config, r, prefix + r.name, BACKBONE, layer, ratio, storage[BACKBONE]) for r in rows]
-    modules += [_module(config, r, r.name, BACKBONE, None, 0, storage[BACKBONE]) for r in last]
+        modules += [_module(sizes, r, prefix + r.name, BACKBONE, layer, ratio, storage[BACKBONE]) for r in rows]
+    modules += [_module(sizes, r, r.name, BACKBONE, None, 0, storage[BACKBONE]) for r in last]
     for stage in range(stages):
         at = config.layers + stage
         ratio = config.ratios[at] if at < len(config.ratios) else 0
@@ -282,7 +286,7 @@ def expand(config: ModelConfig, kind: str, stages: int, storage: Mapping[str, St
             (True, _head_rows(family.heads[kind], stage, stages)),
             (False, _rows_of(family, ratio, False)),
         ):
-            modules += [_module(config, r, prefix + r.name, HEAD, stage, ratio, storage[HEAD], own) for r in rows]
+            modules += [_module(sizes, r, prefix + r.name, HEAD, stage, ratio, storage[HEAD], own) for r in rows]
     return Inventory(config, kind, stages, storage, tuple(modules))
 
 
@@ -301,8 +305,24 @@ def _head_rows(head: HeadKind, stage: int, stages: int) -> list[Row]:
     return [row for row in head.rows if row.stage in here]
 
 
+class _Sizes:
+    """Shapes of rows for layers of one compression: the same for many layers, so each is evaluated once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._known: dict[tuple[tuple[str, ...], int], tuple[int, ...]] = {}
+
+    def of(self, expressions: tuple[str, ...], ratio: int) -> tuple[int, ...]:
+        """Return the values of expressions over the config's dims and those of the ratio."""
+        key = expressions, ratio
+        if key not in self._known:
+            dims = dict(self.config.dims) | {"r": ratio, "k": self.config.family.compression.get(ratio, 0)}
+            self._known[key] = tuple(evaluate(e, dims) for e in expressions)
+        return self._known[key]
+
+
 def _module(
-    config: ModelConfig,
+    sizes: _Sizes,
     row: Row,
     name: str,
     part: str,
@@ -311,7 +331,7 @@ def _module(
     storage: Storage,
     own: bool = False,
 ) -> Module:
-    dims = dict(config.dims) | {"r": ratio, "k": config.family.compression.get(ratio, 0)}
+    config = sizes.config
     store = {"dense": storage.dense, "expert": storage.experts}.get(row.store, row.store)
     fused = None
     if row.store == "expert" and storage.fused:
@@ -323,14 +343,14 @@ def _module(
         role=row.role,
         part=part,
         block=block,
-        shape=tuple(evaluate(e, dims) for e in row.shape),
+        shape=sizes.of(row.shape, ratio),
         store={"bf16": "BF16", "linear": "BF16"}.get(store, store),
-        experts=dims["E"] if row.store == "expert" else 0,
+        experts=config.dims["E"] if row.store == "expert" else 0,
         tile=config.tile,
         is_module=row.store in {"dense", "expert", "linear"},
         own=own,
         write=row.write,
-        values_below=evaluate(row.values_below, dims) if row.values_below else 0,
+        values_below=sizes.of((row.values_below,), ratio)[0] if row.values_below else 0,
         fused=fused,
         fused_scale=config.family.fused_scale,
     )
