@@ -26,6 +26,7 @@ SYNC = ["sync", "-f"]
 
 
 def folder_bytes(path: Path) -> int:
+    """Return the bytes of all files of a folder."""
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
@@ -46,6 +47,7 @@ def run(command: list[str], out: Path) -> tuple[float, float, int]:
 
 
 def commands(source: Path, vlm_source: Path | None, out: Path) -> dict[str, list[str]]:
+    """Return the commands to be timed, by title."""
     ours = [sys.executable, "-m", "ds4convert", "quantize", str(source), str(out), "-q", "--json", "--recipe", "native"]
     found = {
         "cp -r; sync": ["cp", "-r", str(source), str(out)],
@@ -72,6 +74,7 @@ def for_mlx_vlm(source: Path, folder: Path) -> Path:
 
 
 def main() -> None:
+    """Make the source, and print a line per command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
@@ -91,6 +94,7 @@ def main() -> None:
 
 
 def measure(source: Path, work: Path, args: argparse.Namespace) -> None:
+    """Time the commands in turn and print their table."""
     size = folder_bytes(source)
     vlm = for_mlx_vlm(source, work / "vlm-source") if args.mlx_vlm else None
     todo = commands(source, vlm, work / "out")

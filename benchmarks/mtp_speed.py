@@ -61,6 +61,7 @@ class Oracle:
         return getattr(self.inner, name)
 
     def mtp_forward(self, hidden: Any, next_tokens: Any, mtp_cache: Any, return_hidden: bool = False) -> Any:
+        """Return logits with the right token on top, with the probability `share`, else a wrong one."""
         logits, own = self.inner.mtp_forward(hidden, next_tokens, mtp_cache, return_hidden=True)
         right = self.line[mtp_cache[0].offset + 1]
         chosen = mx.where(mx.random.uniform() < self.share, right, (right + 1) % logits.shape[-1])
@@ -74,6 +75,7 @@ def ids_of(config: dict[str, Any], count: int) -> list[int]:
 
 
 def converted(source: Path, out: Path) -> None:
+    """Convert a checkpoint at its own precision."""
     opened = convert.open_source(source)
     made = convert.make_plan(opened, plans.Options(recipe_of("native"), layout_of("inline"), hashing=False))
     convert.run(opened, made, out)
@@ -215,6 +217,7 @@ def _row(name: str, depth: int, run: dict[str, Any], plain: list[int], base: flo
 
 
 def real_size(folder: Path, experts: int) -> None:
+    """Write two layers of Flash's size, converted, to `real` in a folder."""
     raw = named_config("flash")
     assert raw is not None
     shrunk = synth.shrink(json.loads(raw), 2, experts)
@@ -225,6 +228,7 @@ def real_size(folder: Path, experts: int) -> None:
 
 
 def main() -> None:
+    """Print the tables."""
     global clock
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=16, help="routed experts of the real-size layers (Flash: 256)")

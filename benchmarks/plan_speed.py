@@ -42,6 +42,7 @@ def write_headers(folder: Path) -> None:
 
 
 def timed(command: list[str], runs: int) -> str:
+    """Return the median seconds of a whole process, and those of all runs, as text."""
     seconds = []
     for _ in range(runs):
         start = time.monotonic()
@@ -51,6 +52,7 @@ def timed(command: list[str], runs: int) -> str:
 
 
 def main() -> None:
+    """Print a line per command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()

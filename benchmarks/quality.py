@@ -37,6 +37,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
+    """Yield every conversion of the table."""
     native = recipe_of("native")
     yield Case("native", native, "optimal")
     kinds: tuple[tuple[str, Callable[[int], Recipe]], ...] = (
@@ -58,6 +59,7 @@ def cases() -> Iterator[Case]:
 def measured(
     case: Case, out: Path, source: convert.Source, known: calibration.Calibration, texts: list[list[int]]
 ) -> tuple[LayerwiseResult, int]:
+    """Convert, and return what the layers of the result give, with its bytes."""
     options = plans.Options(case.recipe, layout_of("inline"), rounding=case.rounding)
     if case.calibrated:
         options = replace(options, calibration=known)
@@ -67,6 +69,7 @@ def measured(
 
 
 def line(case: Case, found: LayerwiseResult, size: int) -> str:
+    """Return the line of a conversion."""
     d, f = found.divergence, found.converted
     assert d is not None and f.acceptance is not None
     how = case.rounding + (", calibrated" if case.calibrated else "")
@@ -77,6 +80,7 @@ def line(case: Case, found: LayerwiseResult, size: int) -> str:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="Only cases whose name holds this.")
     only = parser.parse_args().only

@@ -35,6 +35,7 @@ class Load:
         self.until = 0.0
 
     def run(self) -> dict[str, Any]:
+        """Run all clients, and return what they saw and what the server counted."""
         before = self.metrics()
         self.until = time.monotonic() + self.seconds
         threads = [threading.Thread(target=self._client, args=(n,)) for n in range(self.clients)]
@@ -95,6 +96,7 @@ class Load:
             connection.close()
 
     def metrics(self) -> dict[str, float]:
+        """Return the server's figures by name."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("GET", "/metrics")
@@ -105,11 +107,13 @@ class Load:
         return {name: float(value) for name, _, value in pairs}
 
     def resident(self) -> int | None:
+        """Return the resident bytes of the server, None without its process id."""
         path = Path(f"/proc/{self.pid}/statm")
         return int(path.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if self.pid and path.exists() else None
 
 
 def is_good(facts: dict[str, Any]) -> bool:
+    """Return whether nothing but the intended happened."""
     return not facts["errors"] and facts["all_counted"] and (facts["growth"] is None or facts["growth"] <= 0.1)
 
 

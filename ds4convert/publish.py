@@ -117,7 +117,13 @@ def _bring(package: Package, target: Target, jobs: int, sent: Sent, done: _Done,
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = target.api()
-    head = api.model_info(target.repo, revision=target.branch).sha or ""
+    info = api.model_info(target.repo, revision=target.branch)
+    if target.private and info.private is False:
+        raise OutputError(
+            f"{target.repo}: is there already, and public; make it private on its page first, or leave out --private. "
+            "Nothing was sent"
+        )
+    head = info.sha or ""
     tree = remote_tree(target, head)
     missing = [f for f in package.files if not _same(f, tree.get(f.name))]
     # A shard that is left from another conversion would be loaded with the new ones.
@@ -140,10 +146,10 @@ def _bring(package: Package, target: Target, jobs: int, sent: Sent, done: _Done,
     with ThreadPoolExecutor(jobs) as pool:
         operations: list[CommitOperationAdd | CommitOperationDelete] = list(pool.map(send, missing))
     operations += [CommitOperationDelete(path_in_repo=n) for n in stale]
-    info = api.create_commit(
+    made = api.create_commit(
         target.repo, operations, commit_message=COMMIT_MESSAGE, revision=target.branch, parent_commit=head
     )
-    sent.commit, sent.removed = info.oid, stale
+    sent.commit, sent.removed = made.oid, stale
     done.clear()
 
 

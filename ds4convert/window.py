@@ -152,7 +152,6 @@ class Window:
         self._error: BaseException | None = None
         self._closed = False
         self._threads: list[threading.Thread] = []
-        self.most_held = 0
 
     def fingerprint(self, file: int) -> Fingerprint:
         """Return what tells that a file changed, or that its bytes turned out wrong, since an earlier run."""
@@ -307,6 +306,8 @@ class Window:
             try:
                 self._fetch(piece)
                 with self._changed:
+                    if self._closed:  # it may not be whole
+                        return
                     piece.state = "here"
                     self._fetching -= 1
                     self._drop(piece)
@@ -330,7 +331,6 @@ class Window:
                 if self._fits(piece):
                     self._next += 1
                     self._held += piece.size
-                    self.most_held = max(self.most_held, self._held)
                     self._fetching += 1
                     piece.state = "fetching"
                     return piece

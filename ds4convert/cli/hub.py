@@ -51,8 +51,8 @@ def pull(
 @cli.command()
 @click.argument("mlx_dir", type=PATH)
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repo private, where it is made now.")
-@click.option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to commit to.")
+@click.option("--private", is_flag=True, help="Make the repo private; a public one that is there is refused.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to. [default: main]")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent and show the card; change nothing.")
 @click.option("--force", is_flag=True, help="Publish a folder that failed its checks; the card tells of it.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=4, show_default=True, help="Connections.")
@@ -60,8 +60,8 @@ def pull(
 @click.option("--endpoint", metavar="URL", help="Of the Hub. [default: HF_ENDPOINT, or huggingface.co]")
 @common()
 def publish(
-    session: Session, mlx_dir: Path, repo: str, private: bool, revision: str, dry_run: bool, force: bool, jobs: int,
-    token: str | None, endpoint: str | None,
+    session: Session, mlx_dir: Path, repo: str, private: bool, revision: str | None, dry_run: bool, force: bool,
+    jobs: int, token: str | None, endpoint: str | None,
 ) -> int:  # fmt: skip
     """Publish a converted folder as REPO (owner/name). Run it again after an interruption: it goes on.
 
@@ -78,7 +78,7 @@ def publish(
     from ds4convert import publish as publishing
     from ds4convert import verify as verifying
 
-    name, branch = hub.split_name(repo, None if revision == "main" else revision)
+    name, branch = hub.split_name(repo, revision)
     target = publishing.Target(name, branch or "main", private, endpoint, token)
     with session.progress(verifying.work(mlx_dir, False), "verifying") as progress:
         package = publication.prepare(mlx_dir, name, force, not dry_run, progress)

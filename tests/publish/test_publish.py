@@ -146,6 +146,11 @@ def test_a_branch_and_a_private_repo(hub: LocalHub, call: Call, folder: Path) ->
     published(call("publish", folder, REPO, "--private", "--json"))
     assert_refused(call("inspect", f"hf://{REPO}", HF_TOKEN=""), "token", code=4)
     (folder / "README.md").unlink()
+    assert_refused(call("publish", folder, f"{REPO}@try", "--revision", "main"), "--revision another", code=2)
+    hub.add_repo("me/open", folder)
+    before = hub.files("me/open")
+    assert_refused(call("publish", folder, "me/open", "--private"), "public", "Nothing was sent", code=3)
+    assert hub.files("me/open") == before
     on_branch = published(call("publish", folder, f"{REPO}@try", "--json"))
     assert hub.files(REPO, "try") and on_branch["revision"]
 
