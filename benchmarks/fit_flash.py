@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds4convert import measure
-from ds4convert.config import named_config, parse_config
-from ds4convert.fit import Option, Unit
+from ds4convert.checkpoint.config import named_config, parse_config
+from ds4convert.checkpoint.inventory import expected
+from ds4convert.fit import format_errors
+from ds4convert.fit.optimiser import Option, Unit
 from ds4convert.formats.codecs import CODECS
-from ds4convert.inventory import expected
-from ds4convert.recipes import recipe_of, recipes
+from ds4convert.planning.recipes import recipe_of, recipes
 
 PROGRAM = str(Path(sys.executable).with_name("ds4convert"))
 GB = 10**9
@@ -40,7 +40,7 @@ def uniform() -> list[tuple[str, int, float]]:
     raw = named_config("flash")
     assert raw is not None
     inventory = expected(parse_config(raw, "flash"))
-    options = measure.options(inventory, measure.imagined("optimal"))
+    options = format_errors.options(inventory, format_errors.imagined("optimal"))
     by_name = {unit: {o.format: o for o in found} for unit, found in options.items()}
     rows: list[tuple[str, int, float]] = []
 
@@ -49,7 +49,7 @@ def uniform() -> list[tuple[str, int, float]]:
 
     for name in CODECS:
         add(name, [found.get(name, found["native"]) for found in by_name.values()])
-    units: dict[Unit, Any] = {unit: modules[0] for unit, modules in measure.units(inventory).items()}
+    units: dict[Unit, Any] = {unit: modules[0] for unit, modules in format_errors.units(inventory).items()}
     for name in sorted(set(recipes()) - {"fit", "native", "bf16"}):
         recipe = recipe_of(name)
         add(f"recipe {name}", [found.get(recipe.format_of(units[u]), found["native"]) for u, found in by_name.items()])

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.local_hub import LocalHub
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from tests.hub import LocalHub  # noqa: E402 - the tests are no installed package
 
 PROGRAM = str(Path(sys.executable).with_name("ds4convert"))
 NAME = "owner/flash"

@@ -1,11 +1,15 @@
 """What MTP decoding costs and gains: pass times, head step, rollback, the loop's own overhead, tokens/s.
 
-    python benchmarks/mtp_speed.py [--experts 16] [--tokens 64] [--runs 3] [--only demo|real]
+    python benchmarks/mtp_speed.py [--experts 16] [--tokens 64] [--runs 3] [--only demo|dspark|real]
 
-Two checkpoints: the trained demo (real acceptance), and two layers of Flash's real size with random weights (its
-acceptance means nothing, so an oracle takes the place of the head's choice: the head computes all the same, and its
-draft is made right with a given probability). Converted and loaded by this package in a temporary folder; with
---experts 256 that needs 26 GB of disk, with 16 about 4 GB.
+Three checkpoints: the trained demo (real acceptance), the same backbone with its DSpark head, and two layers of Flash's
+real size with random weights (its acceptance means nothing, so an oracle takes the place of the head's choice: the head
+computes all the same, and its draft is made right with a given probability). Converted and loaded by this package in a
+temporary folder; with --experts 256 that needs 26 GB of disk, with 16 about 4 GB.
+
+Of the DSpark head the cost model is `gain = E(K) x P(1) / (P(K+1) + C)`: C is what a block costs (context keys, the
+pass of the whole block, all its drafts), E(K) = 1 + the shares of passes whose first i drafts were all accepted, summed
+over i = 1..K.
 
 Steps are timed interleaved and the fastest is kept: on a shared machine others can only slow a step down. Whole runs
 alternate; their median is kept. On a CPU that is busy with other work, --clock cpu counts this process's own time.
@@ -27,15 +31,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from ds4convert import convert, synth
-from ds4convert import plan as plans
-from ds4convert.config import named_config
-from ds4convert.demo import PROMPT
-from ds4convert.generation import read_tokenizer
+from ds4convert.checkpoint.config import named_config
+from ds4convert.checkpoint.source import open_source
+from ds4convert.demo import embedded, synth
+from ds4convert.demo.demo import PROMPT
+from ds4convert.execution import run as convert
+from ds4convert.generation.open_folder import read_tokenizer
 from ds4convert.inference.decode import DecodeStats, mtp_generate_step, plain_generate_step
 from ds4convert.inference.load import load_model
-from ds4convert.layouts import layout_of
-from ds4convert.recipes import recipe_of
+from ds4convert.planning import build
+from ds4convert.planning.build import make_plan
+from ds4convert.planning.layouts import layout_of
+from ds4convert.planning.recipes import recipe_of
 
 DEMO = Path(__file__).resolve().parent.parent / "manifests" / "demo"
 clock: Callable[[], float] = time.perf_counter
@@ -76,8 +83,8 @@ def ids_of(config: dict[str, Any], count: int) -> list[int]:
 
 def converted(source: Path, out: Path) -> None:
     """Convert a checkpoint at its own precision."""
-    opened = convert.open_source(source)
-    made = convert.make_plan(opened, plans.Options(recipe_of("native"), layout_of("inline"), hashing=False))
+    opened = open_source(source)
+    made = make_plan(opened, build.Options(recipe_of("native"), layout_of("inline"), hashing=False))
     convert.run(opened, made, out)
 
 
@@ -122,6 +129,66 @@ def step_costs(model: Any, config: dict[str, Any], depths: list[int], rounds: in
     steps |= {f"P{k + 1}": (lambda k=k: passed(k + 1)) for k in depths}
     steps |= {"H pairs 2": lambda: drafted(2), "rollback": rolled_back}
     return fastest(steps, rounds)
+
+
+def block_costs(model: Any, config: dict[str, Any], rounds: int, context: int) -> dict[str, float]:
+    """Return seconds of backbone passes of 1..B+1 tokens that are tapped, and of a block of which all is drafted."""
+    ids, slots = ids_of(config, context), model.args.dspark_block_size
+    caches, head = model.make_cache(), model.make_mtp_cache()
+    taps = model.tapped_forward(mx.array([ids]), caches)[1]
+    model.append_context(taps, head)
+    last = taps[:, -1:]
+    mx.eval(last, [c.state for c in caches + head])
+
+    def passed(count: int) -> None:
+        mx.eval(model.tapped_forward(mx.array([ids[:count]]), caches)[:2])
+        for cache in caches:
+            cache.trim(count)
+
+    def drafted() -> None:
+        model.append_context(last, head)
+        block, drafts = model.draft_block(ids[0], head), []
+        for slot in range(slots):
+            drafts.append(mx.argmax(block.logits(slot, drafts), axis=-1))
+        mx.eval(drafts, block.confidence(drafts))
+        for cache in head:
+            cache.trim(1)
+
+    steps: dict[str, Callable[[], None]] = {f"P{n}": (lambda n=n: passed(n)) for n in range(1, slots + 2)}
+    return fastest(steps | {"C": drafted}, rounds)
+
+
+def block_figures(model: Any, config: dict[str, Any], prompt: list[int], args: argparse.Namespace) -> list[str]:
+    """Return the lines of the demo with its DSpark head."""
+    slots = model.args.dspark_block_size
+    cost = block_costs(model, config, args.rounds, args.context)
+    runs = whole_runs({"plain": (model, 0)} | {f"K={k}": (model, k) for k in range(1, slots + 1)}, prompt, args.tokens,
+                      args.runs)  # fmt: skip
+    passes = ", ".join(f"P({n + 1})/P(1) {cost[f'P{n + 1}'] / cost['P1']:.2f}" for n in range(1, slots + 1))
+    lines = [
+        f"### Demo with its DSpark head, a block of {slots}",
+        "",
+        f"- backbone pass of 1 token after {args.context}, ms: {cost['P1'] * 1e3:.2f}; {passes}",
+        f"- a block and all its drafts, ms: {cost['C'] * 1e3:.2f}, {cost['C'] / cost['P1']:.2f} of a 1-token pass",
+        "",
+        "| decoding | tokens/s | against plain | expected | E(K) | accepted up to each position | loop's own share |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    base = statistics.median(runs["plain"]["rates"])
+    lines.append(f"| plain | {base:.1f} | 1 | | 1 | | |")
+    for k in range(1, slots + 1):
+        run = runs[f"K={k}"]
+        stats, count = run["stats"], sum(s.passes for s in run["stats"])
+        shares = [sum(s.accepted_at[i] for s in stats if i < len(s.accepted_at)) / count for i in range(k)]
+        each = 1 + sum(shares)
+        own = sum(s.other_seconds for s in stats) / sum(s.decode_seconds for s in stats)
+        expected = each * cost["P1"] / (cost[f"P{k + 1}"] + cost["C"])
+        rate, note = statistics.median(run["rates"]), "" if run["tokens"] == runs["plain"]["tokens"] else " (differs)"
+        lines.append(
+            f"| K={k}{note} | {rate:.1f} | {rate / base:.2f}x | {expected:.2f}x | "
+            f"{each:.2f} | {' '.join(f'{share:.0%}' for share in shares)} | {own:.1%} |"
+        )
+    return [*lines, ""]
 
 
 def decoded(model: Any, prompt: list[int], count: int, depth: int) -> tuple[list[int], DecodeStats, float]:
@@ -239,20 +306,28 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", choices=["demo", "real"])
+    parser.add_argument("--only", choices=["demo", "dspark", "real"])
     args = parser.parse_args()
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {mx.default_device()}, mlx {mx.__version__}"
     print(f"{machine}, {args.dtype}, {args.clock} time")
     print(f"\n{RULE}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.only != "real":
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if args.only in (None, "dspark"):
+            (folder / "dspark-source").mkdir()
+            for name, data in embedded.files(embedded.DSPARK):
+                (folder / "dspark-source" / name).write_bytes(data)
+            converted(folder / "dspark-source", folder / "dspark")
+            model, config = load_model(folder / "dspark", dtype=args.dtype)
+            prompt = read_tokenizer(folder / "dspark", set()).encode(PROMPT)
+            print("\n".join(block_figures(model, config, prompt, args)), flush=True)
+        if args.only in (None, "demo"):
             converted(DEMO, folder / "demo")
             model, config = load_model(folder / "demo", dtype=args.dtype)
             prompt = read_tokenizer(folder / "demo", set()).encode(PROMPT)
             print("\n".join(figures("Demo checkpoint", model, config, prompt, args)), flush=True)
-        if args.only != "demo":
+        if args.only in (None, "real"):
             real_size(folder, args.experts)
             model, config = load_model(folder / "real", dtype=args.dtype)
             title = f"Two layers of Flash's size, {args.experts} experts, random weights"

@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from ds4convert import headers, synth
-from ds4convert.config import named_config, parse_config
-from ds4convert.inventory import expected
+from ds4convert.checkpoint import headers
+from ds4convert.checkpoint.config import named_config, parse_config
+from ds4convert.checkpoint.inventory import expected
+from ds4convert.demo import synth
 
 
 def write_headers(folder: Path) -> None:

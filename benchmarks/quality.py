@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds4convert import calibration, convert, prompts
-from ds4convert import plan as plans
-from ds4convert.formats.quantize import no_importance
-from ds4convert.generation import read_tokenizer
-from ds4convert.inference.calibrate import collect
-from ds4convert.inference.layerwise import LayerwiseResult, run_layerwise
-from ds4convert.layouts import layout_of
-from ds4convert.recipes import Recipe, recipe_of
+from ds4convert.checkpoint.source import Source, open_source
+from ds4convert.evaluate import calibration
+from ds4convert.evaluate.input_moments import collect
+from ds4convert.evaluate.layerwise import LayerwiseResult, run_layerwise
+from ds4convert.execution import run
+from ds4convert.execution.rounding_steps import no_importance
+from ds4convert.generation.open_folder import read_tokenizer
+from ds4convert.planning import build
+from ds4convert.planning.build import make_plan
+from ds4convert.planning.layouts import layout_of
+from ds4convert.planning.recipes import Recipe, recipe_of
+from ds4convert.verification import prompts
 
 DEMO = Path(__file__).resolve().parent.parent / "manifests" / "demo"
 WIDTHS = (8, 6, 4, 3, 2)
@@ -57,14 +61,14 @@ def cases() -> Iterator[Case]:
 
 
 def measured(
-    case: Case, out: Path, source: convert.Source, known: calibration.Calibration, texts: list[list[int]]
+    case: Case, out: Path, source: Source, known: calibration.Calibration, texts: list[list[int]]
 ) -> tuple[LayerwiseResult, int]:
     """Convert, and return what the layers of the result give, with its bytes."""
-    options = plans.Options(case.recipe, layout_of("inline"), rounding=case.rounding)
+    options = build.Options(case.recipe, layout_of("inline"), rounding=case.rounding)
     if case.calibrated:
         options = replace(options, calibration=known)
     weigh = known.importance if case.calibrated else no_importance
-    convert.run(source, convert.make_plan(source, options), out, overwrite=True, importance=weigh)
+    run.run(source, make_plan(source, options), out, run.Way(overwrite=True, importance=weigh))
     return run_layerwise(out, texts, source=DEMO), sum(p.stat().st_size for p in out.rglob("*.safetensors"))
 
 
@@ -86,7 +90,7 @@ def main() -> None:
     only = parser.parse_args().only
     tokenizer = read_tokenizer(DEMO, set())
     ids = [tokenizer.encode(p.content) for p in prompts.fixed_prompts() if isinstance(p.content, str)]
-    source = convert.open_source(DEMO)
+    source = open_source(DEMO)
     print(f"{sum(map(len, ids[1::2]))} tokens for the figures, {sum(map(len, ids[::2]))} for calibration\n")
     print("| what | rounding | perplexity | KL from source, nats | same choice | drafts accepted | size |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds4convert import plan as plans
-from ds4convert import summary
-from ds4convert.config import named_config, parse_config
-from ds4convert.inventory import expected
-from ds4convert.layouts import layout_of
-from ds4convert.recipes import recipe_of
+from ds4convert.checkpoint.config import named_config, parse_config
+from ds4convert.checkpoint.inventory import expected
+from ds4convert.checkpoint.source import imagined
+from ds4convert.planning import build
+from ds4convert.planning.layouts import layout_of
+from ds4convert.planning.recipes import recipe_of
+from ds4convert.planning.side_files import SideFiles
 
 LAYERS = 43
 PROGRAM = str(Path(sys.executable).with_name("ds4convert"))
@@ -74,8 +75,8 @@ def rounded(recipe: str) -> int:
     """Return the weights of Flash that a recipe rounds."""
     raw = named_config("flash")
     assert raw is not None
-    inventory, options = expected(parse_config(raw, "flash")), plans.Options(recipe_of(recipe), layout_of("inline"))
-    plan = plans.build(inventory, *summary.imagined(inventory), options, plans.SideFiles({}, ()))
+    inventory, options = expected(parse_config(raw, "flash")), build.Options(recipe_of(recipe), layout_of("inline"))
+    plan = build.build(inventory, *imagined(inventory), options, SideFiles({}, ()))
     return sum(s.weights for s in plan.steps if s.transform.startswith("quantize_"))
 
 

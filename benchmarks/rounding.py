@@ -19,12 +19,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ds4convert import logical
-from ds4convert.formats import blocks, scalars
+from ds4convert.checkpoint import tensors
+from ds4convert.checkpoint.tensors import Logical, decode, grid_of
+from ds4convert.converted.open import open_checkpoint
+from ds4convert.formats import blocks, small_floats
 from ds4convert.formats.codecs import CODECS, Codec
-from ds4convert.formats.encode import Encoded, encode, encode_fp4
-from ds4convert.formats.scalars import F32, U8
-from ds4convert.inspection import view_of
+from ds4convert.formats.rounding import Encoded, encode, encode_fp4
+from ds4convert.formats.small_floats import F32, U8
+from ds4convert.storage.byte_source import Numbered
 
 COLS = 4096
 SEED = 2026
@@ -95,14 +97,14 @@ def group_errors(matrix: Matrix, codec: Codec, values: F32) -> np.ndarray:
 
 def normal(rng: np.random.Generator, rows: int) -> F32:
     """Return normal values that BF16 holds."""
-    return scalars.bf16_values(scalars.bf16_bits(rng.standard_normal((rows, COLS)).astype(np.float32)))
+    return small_floats.bf16_values(small_floats.bf16_bits(rng.standard_normal((rows, COLS)).astype(np.float32)))
 
 
 def through_fp4(rng: np.random.Generator, rows: int) -> Matrix:
     """Return normal weights that went through FP4, rows of all sizes: where a group's largest lies then varies."""
     x = rng.standard_normal((rows, COLS // 32, 32)).astype(np.float32) * np.exp2(rng.random((rows, 1, 1)) - 6)
     power = np.ceil(np.log2(np.abs(x).max(axis=2, keepdims=True) / 6))
-    steps = np.convolve(scalars.fp4_values()[:8], [0.5, 0.5], "valid")
+    steps = np.convolve(small_floats.fp4_values()[:8], [0.5, 0.5], "valid")
     codes = np.searchsorted(steps, np.abs(x / 2.0**power)) + 8 * (x < 0)
     codes = codes.reshape(rows, COLS).astype(np.uint8)
     packed, scales = codes[:, ::2] | codes[:, 1::2] << 4, (power[..., 0] + 127).astype(np.uint8)
@@ -111,7 +113,7 @@ def through_fp4(rng: np.random.Generator, rows: int) -> Matrix:
 
 def matrices_of(folder: Path) -> Iterator[Matrix]:
     """Yield the matrices of a source checkpoint whose rows are whole groups of 128."""
-    view = view_of(folder)
+    view = open_checkpoint(folder).view
     reader = view.reader()
     try:
         for tensor in view.tensors.values():
@@ -122,12 +124,12 @@ def matrices_of(folder: Path) -> Iterator[Matrix]:
         reader.close()
 
 
-def _read(tensor: logical.Logical, reader: logical.Reader, number: int) -> Matrix:
+def _read(tensor: Logical, reader: Numbered, number: int) -> Matrix:
     packed, grid = (
-        logical.codes(tensor, reader, number, 0, tensor.rows),
-        logical.grid_of(tensor, reader, number),
+        tensors.codes(tensor, reader, number, 0, tensor.rows),
+        grid_of(tensor, reader, number),
     )
-    values = logical.decode(tensor, packed, grid, 0)
+    values = decode(tensor, packed, grid, 0)
     return Matrix(values, (packed, grid.scales) if tensor.store == "fp4" and grid is not None else None)
 
 

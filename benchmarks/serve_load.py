@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP_SECONDS = 0.25  # share of the time
+PATIENCE_SECONDS = 60  # for the last requests to be counted
 TOKENS = 12
 
 
@@ -45,12 +46,14 @@ class Load:
         warm = self.resident()
         for thread in threads:
             thread.join()
-        while self.metrics()["queue_running"] or self.metrics()["queue_waiting"]:
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while True:  # a request is counted a moment after its client has the answer
+            end, after = self.resident(), self.metrics()
+            answered, left = (self._counted(before, after, status) for status in (200, 499))
+            busy = after["queue_running"] or after["queue_waiting"]
+            if time.monotonic() > patience or (not busy and answered + left >= self.seen["whole"] + self.seen["left"]):
+                break
             time.sleep(0.1)
-        end, after = self.resident(), self.metrics()
-        counted = {name: after[name] - before.get(name, 0) for name in after if name.startswith("requests_total")}
-        answered = sum(n for name, n in counted.items() if "completions" in name and 'status="200"' in name)
-        left = sum(n for name, n in counted.items() if "completions" in name and 'status="499"' in name)
         return {
             "clients": self.clients, "seconds": self.seconds, "seen": dict(self.seen),
             "counted": {"200": answered, "499": left},
@@ -61,6 +64,14 @@ class Load:
             "resident_after_warm_up": warm, "resident_at_end": end,
             "growth": round(end / warm - 1, 4) if warm and end else None,
         }  # fmt: skip
+
+    @staticmethod
+    def _counted(before: dict[str, float], after: dict[str, float], status: int) -> float:
+        """Return how many completions the server has counted with a status."""
+        names = [
+            n for n in after if n.startswith("requests_total") and "completions" in n and f'status="{status}"' in n
+        ]
+        return sum(after[n] - before.get(n, 0) for n in names)
 
     def _client(self, number: int) -> None:
         rng, leaves = random.Random(number), number % 4 == 0

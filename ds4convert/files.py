@@ -11,22 +11,21 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ds4convert.errors import EnvironmentFault
+from ds4convert.storage import drives
 
 PARTIAL = ".partial"
 PAGE = 4096
 WRITE_BYTES = 256 << 10
 """Largest single write. Measured on ext4: whole aligned megabytes cost the kernel three to nine times as much,
 presumably in finding pages that large; smaller writes never do (benchmarks/RESULTS.md)."""
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 COPY_BYTES = 4 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+UNKNOWN_BYTES = 1 << 62
+"""What a drive that tells no size (some network drives) is taken to have free."""
 
 
 @contextlib.contextmanager
@@ -35,23 +34,43 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in _FULL:
-            free = free_bytes(path)
+        if isinstance(e.filename, str | os.PathLike) and Path(e.filename).is_relative_to(path):
+            path = Path(e.filename)  # what failed may lie below what was being written
+        if e.errno in drives.FULL:
             raise EnvironmentFault(
-                f"{doing} {path}: the disk is full ({free:,} bytes free). What is finished is safe: free space on "
+                f"{doing} {path}: the disk is full{_free_words(path)}. What is finished is safe: free space on "
                 "this disk and run the same command again, it goes on from there"
             ) from e
+        more = drives.advice(e)
         raise EnvironmentFault(
-            f"{doing} {path}: {e.strerror or e}. What is finished is safe: mend this and run the same command again"
+            f"{doing} {path}: {e.strerror or e}{'; ' if more else ''}{more}. What is finished is safe: mend this and "
+            "run the same command again"
         ) from e
 
 
+def _free_words(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({free_bytes(path):,} bytes free)"
+    return ""
+
+
 def free_bytes(path: Path) -> int:
-    """Return the bytes that an ordinary user may still write on the disk of `path` or its nearest parent."""
+    """Return the bytes that an ordinary user may still write on the disk of `path` or its nearest parent.
+
+    A drive that tells no size at all, as some network drives do, is taken to be large enough (`UNKNOWN_BYTES`).
+    """
     while not path.exists():
         path = path.parent
     usage = os.statvfs(path)
+    if usage.f_blocks == 0 and not _is_pseudo(path):
+        return UNKNOWN_BYTES
     return usage.f_bavail * usage.f_frsize
+
+
+def _is_pseudo(path: Path) -> bool:
+    """Return whether a path is of the kernel's own file systems, which have no room for anything."""
+    roots = [Path(r) for r in ("/proc", "/sys") if Path(r).exists()]
+    return path.stat().st_dev in {r.stat().st_dev for r in roots if r.is_mount()}
 
 
 class Disk:
@@ -64,7 +83,7 @@ class Disk:
         """Create a folder and its parents; a link in its place is refused."""
         path.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
-            raise OSError(errno.ELOOP, "is a link, expected a folder")
+            raise OSError(errno.ELOOP, "is a link, expected a folder", str(path))
 
     def open_partial(self, path: Path, size: int) -> int:
         """Return a read-write descriptor of `path`, created with room for `size` bytes if it is not there."""
@@ -84,9 +103,14 @@ class Disk:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
                 return
-            if ctypes.get_errno() in _FULL:
+            if ctypes.get_errno() in drives.FULL:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except OSError as e:
+            if not size or not drives.unsupported(e):
+                raise
+            os.pwrite(fd, b"\0", size - 1)  # FAT drivers that do not extend a file do so for a write at its end
 
     def write_at(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -107,40 +131,71 @@ class Disk:
             try:
                 n = os.copy_file_range(source, target, size, start, offset)
             except OSError as e:
-                if e.errno not in _NO_KERNEL_COPY:
+                if e.errno not in drives.NO_KERNEL_COPY:
                     raise
                 self._kernel_copy = False
                 break
             if n == 0:
-                raise EOFError
+                break  # the end of the source, or a drive that cannot: whoever copies through a buffer will see
             start, offset, size = start + n, offset + n, size - n
         return size == 0
 
     def sync_data(self, fd: int) -> None:
-        """Return when the file's bytes and size are on the disk itself."""
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fdatasync(fd)
+        """Return when the file's bytes and size are on the disk itself, as far as the drive can tell."""
+        if sys.platform == "darwin" and _full_sync(fd):
+            return
+        try:
+            if sys.platform == "darwin":
+                os.fsync(fd)
+            else:
+                os.fdatasync(fd)
+        except OSError as e:
+            if not drives.unsupported(e):
+                raise
+            drives.note("this drive cannot say when data is safely on it: a power cut may lose what was written last")
 
     def sync_folder(self, path: Path) -> None:
-        """Return when the folder's entries (renames) are on the disk."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Return when the folder's entries (renames) are on the disk; some drives do that by themselves or never."""
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            if e.errno not in drives.NO_FOLDER_SYNC:
+                raise
+            drives.note("this drive cannot sync folders: after a power cut, verify what was written last")
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within a folder, over an older file of that name, and sync the folder."""
-        source.rename(target)
+        try:
+            source.rename(target)
+        except OSError as e:
+            if not drives.unsupported(e) and e.errno != errno.EEXIST:
+                raise
+            self._move(source, target)
         self.sync_folder(target.parent)
 
-    def write_file(self, path: Path, data: bytes) -> None:
-        """Write a small file whole or not at all: partial name, sync, rename, sync of the folder."""
-        partial = path.with_name(path.name + PARTIAL)
+    def _move(self, source: Path, target: Path) -> None:
+        """Do what a rename does where the drive has none over an older file, or none at all."""
+        if source.is_dir():
+            raise OSError(errno.ENOTSUP, "this drive cannot rename folders")
+        target.unlink(missing_ok=True)
+        try:
+            source.rename(target)
+        except OSError as e:
+            if not drives.unsupported(e):
+                raise
+            self._copy_file(source, target)
+            source.unlink()
+
+    def write_file(self, path: Path, data: bytes, writer: str = "") -> None:
+        """Write a small file whole or not at all: partial name, sync, rename, sync of the folder.
+
+        `writer` keeps the partial names of several processes apart that may write the file at the same time.
+        """
+        partial = path.with_name(path.name + writer + PARTIAL)
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -160,7 +215,7 @@ class Disk:
         try:
             os.link(source, partial)
         except OSError as e:
-            if e.errno not in _NO_LINK:
+            if e.errno not in drives.NO_LINK:
                 raise
             self._copy_file(source, partial)
         self.rename(partial, target)
@@ -189,8 +244,64 @@ class Disk:
         self.sync_data(fd)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, a link, or a folder with what is in it; links are not followed."""
+        """Remove a file, a link, or a folder with what is in it; links are not followed, what is gone is no error."""
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            _remove_folder(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def create_new(path: Path, data: bytes) -> bool:
+    """Write a file that is not there yet; return False, and write nothing, where there is one."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    return True
+
+
+def remove_if(path: Path, data: bytes, aside: Path) -> bool:
+    """Remove a file if it still holds `data`; return whether this process did it. `aside` is a name of its own."""
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return False
+    if aside.read_bytes() != data:
+        aside.rename(path)
+        return False
+    aside.unlink()
+    return True
+
+
+def _full_sync(fd: int) -> bool:
+    """Have a Mac empty the drive's own cache; False where the drive does not know that, and fsync has to do."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+    except OSError as e:
+        if not drives.unsupported(e):
+            raise
+        return False
+    return True
+
+
+def _remove_folder(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.scandir(path), key=lambda e: e.name):
+            if entry.is_dir(follow_symlinks=False):
+                _remove_folder(Path(entry.path))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    Path(entry.path).unlink()
+        try:
+            path.rmdir()
+        except OSError as e:
+            # A network drive keeps an open file under such a name until it is closed: `.nfs000...`, `.smbdelete...`.
+            left = [p for p in path.iterdir() if not p.name.startswith((".nfs", ".smbdelete"))]
+            if e.errno not in {errno.ENOTEMPTY, errno.EBUSY} or left:
+                raise

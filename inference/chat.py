@@ -9,6 +9,7 @@ recovers nothing: a reply that was cut off is an error, never a shorter message.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ from ds4convert.errors import InputError
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
 
 Message = dict[str, Any]
 
@@ -39,12 +41,25 @@ LINE_END = ">\n"
 STRING_MARKS = ('" string="true">', '" string="false">')
 
 
+BLOCK_ENDS = (CALLS_END, f"</{DSML}function_calls>")
+_BLOCK_OPEN = re.compile(rf"\s*<{DSML}(tool_calls|function_calls)>\s*")
+_BLOCK_CLOSE = re.compile(rf"\s*</{DSML}(tool_calls|function_calls)>\s*")
+_CALL_OPEN = re.compile(rf'\s*<{DSML}invoke\s+name="(.*?)"\s*>\s*', re.S)
+_CALL_CLOSE = re.compile(rf"\s*</{DSML}invoke\s*>\s*")
+_VALUE_OPEN = re.compile(rf'\s*<{DSML}parameter\s+name="(.*?)"\s+string="(true|false)"\s*>', re.S)
+_VALUE_CLOSE = f"</{DSML}parameter>"
+
+
 class PromptError(InputError):
     """Messages or switches that the format cannot express."""
+
+    kind = "prompt"
 
 
 class ReplyError(InputError):
     """A reply that is not complete and well formed."""
+
+    kind = "reply"
 
 
 # ------------------------------------------------------------------ messages to text
@@ -284,3 +299,67 @@ def _refuse_tokens(where: str, text: str) -> None:
 
 def _json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------ calls as models really write them
+
+
+def is_in_value(text: str) -> bool:
+    """Return whether a block of calls, as far as it has come, ends within the value of a parameter."""
+    return text.count(f"<{DSML}parameter") > text.count(_VALUE_CLOSE)
+
+
+def read_calls(text: str) -> list[dict[str, str]]:
+    """Return the calls of a block, its tags included, as `{"name", "arguments"}`; `arguments` is a JSON text.
+
+    Kinder than `parse_reply` in white space alone: the model leaves out line ends, or indents. The block has to be
+    whole, and nothing else may stand in it: a call that was cut off is none. A value marked `string="false"` that is no
+    JSON is taken as the text that it is, so that the arguments are JSON in any case. Raises `ReplyError`.
+    """
+    at = _over(_BLOCK_OPEN, text, 0, "the opening of a block of calls")
+    calls: list[dict[str, str]] = []
+    while not (end := _BLOCK_CLOSE.match(text, at)):
+        call, at = _read_call(text, at)
+        calls.append(call)
+    if end.end() != len(text) or not calls:
+        raise ReplyError(f"calls, character {end.end()}: expected one block with a call in it, and nothing after it")
+    return calls
+
+
+def _read_call(text: str, at: int) -> tuple[dict[str, str], int]:
+    opening = _CALL_OPEN.match(text, at)
+    at = _over(_CALL_OPEN, text, at, "a call")
+    name = opening.group(1) if opening else ""
+    values: dict[str, str] = {}
+    while (found := _VALUE_OPEN.match(text, at)) is not None:
+        key, is_text = found.group(1), found.group(2) == "true"
+        end = text.find(_VALUE_CLOSE, found.end())
+        if end < 0 or key in values:
+            raise ReplyError(f"calls, character {at}: parameter {key!r} of {name!r} has no end, or is given twice")
+        values[key] = _value(text[found.end() : end], is_text)
+        at = end + len(_VALUE_CLOSE)
+    at = _over(_CALL_CLOSE, text, at, f"the end of the call of {name!r}")
+    pairs = (f"{_json(key)}: {value}" for key, value in values.items())
+    return {"name": name, "arguments": "{" + ", ".join(pairs) + "}"}, at
+
+
+def _over(pattern: re.Pattern[str], text: str, at: int, what: str) -> int:
+    found = pattern.match(text, at)
+    if found is None:
+        raise ReplyError(f"calls, character {at}: expected {what}, found {text[at : at + 40]!r}")
+    return found.end()
+
+
+def _value(text: str, is_text: bool) -> str:
+    """Return a parameter as JSON: a text as a string, else what the model wrote, where that is JSON."""
+    if is_text:
+        return _json(text)
+    try:
+        json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return _json(text)
+    return text.strip()
+
+
+def _refuse_constant(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not JSON")

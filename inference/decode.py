@@ -1,12 +1,10 @@
-"""Draft, verify, accept: decoding with the multi-token-prediction head.
+"""Draft, verify, accept: decoding with a head, of either kind.
 
-One round: the head drafts K tokens from the backbone's hidden state and the newest token; one backbone pass
-over the newest token and the drafts verifies them; the accepted ones and one more token come out. What the
-refused ones changed is taken back exactly, in the backbone's caches and in the head's. The head's own output
-stands in for hidden states it has not yet got (drafts 2..K); those positions are taken back and fed again
-with the true ones.
+One round: the head drafts up to K tokens after the newest one; one backbone pass over the newest token and the drafts
+verifies them; the accepted ones and one more token come out. What the refused ones changed is taken back exactly. What
+a head needs for that is `drafter`'s: this loop does not know kinds.
 
-The loop needs only what `DraftingModel` and `Rewindable` say, so a fake model of a few lines can drive it.
+The loop needs only what `DraftingModel` and `Drafter` say, so a fake model of a few lines can drive it.
 Sources: architecture description, section 9; the tuples are those of mlx-lm's generators.
 """
 
@@ -20,30 +18,21 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from .drafter import BlockDrafter, ChainDrafter, Drafter, covered, is_block_head, make_drafter, take_back
 from .sampling import Draft, ExactMatch, LogitsProcessor, Rule, Sampler, Sampling, Speculative, token_id
 
-MAX_DRAFT_DEPTH = 8
-"""Deepest draft: within what the caches can take back exactly."""
+MAX_DRAFT_DEPTH = ChainDrafter.most
+"""Deepest draft of a classic head."""
+
+MAX_BLOCK_DEPTH = BlockDrafter.most
+"""Deepest draft of a DSpark head, whatever its block."""
 
 Token = tuple[int, mx.array, bool]
 """(token id, log-probabilities [V] it was drawn from, whether the head drafted it)."""
 
 
-class Rewindable(Protocol):
-    """State of one layer."""
-
-    offset: int
-
-    def trim(self, count: int) -> int:
-        """Take back the last `count` tokens exactly."""
-
-    @property
-    def state(self) -> Any:
-        """Arrays to evaluate."""
-
-
 class DraftingModel(Protocol):
-    """What the loop asks of a model; see `deepseek_v4.Model`."""
+    """What the loop asks of a model with a classic head; see `deepseek_v4.Model`, and `drafter` for the other kind."""
 
     def __call__(self, inputs: mx.array, cache: Any = None, return_hidden: bool = False) -> Any:
         """(logits [1, L, V], hidden [1, L, ...]) with `return_hidden`."""
@@ -70,6 +59,7 @@ class DecodeStats:
     drafted_at: list[int] = field(default_factory=list)  # per draft position, first draft first
     accepted_at: list[int] = field(default_factory=list)
     accepted_per_pass: list[int] = field(default_factory=list)
+    estimates: list[tuple[float, bool]] = field(default_factory=list)  # of drafts that were judged: (estimate, kept)
     prompt_seconds: float = 0.0
     backbone_seconds: float = 0.0
     head_seconds: float = 0.0
@@ -103,6 +93,11 @@ class DecodeStats:
             self.drafted_at[position] += 1
             self.accepted_at[position] += position < accepted
 
+    def note_estimates(self, drafts: list[Draft], accepted: int) -> None:
+        """Add what the head held of each draft that was judged: the accepted ones, and the first refused one."""
+        judged = drafts[: accepted + 1]
+        self.estimates += [(d.estimate, n < accepted) for n, d in enumerate(judged) if d.estimate is not None]
+
 
 class _Clock:
     """Adds the time since its last call to one field of the statistics."""
@@ -122,27 +117,20 @@ class _Clock:
 
 
 class _Run:
-    """State of one generation.
-
-    `hidden` [1, n, ...] and `due` (n tokens) are pairs that the head has not seen; `history` is kept for the
-    processors only.
-    """
+    """State of one generation; `history` is kept for the processors only."""
 
     def __init__(
         self,
-        model: DraftingModel,
+        drafter: Drafter,
         rule: Rule,
         processors: list[LogitsProcessor],
         backbone: list[Any],
-        head: list[Any],
         stats: DecodeStats,
     ) -> None:
-        self.model, self.rule, self.processors = model, rule, processors
-        self.backbone, self.head, self.stats = backbone, head, stats
+        self.drafter, self.rule, self.processors = drafter, rule, processors
+        self.backbone, self.stats = backbone, stats
         self.clock = _Clock(stats)
         self.history = mx.array([], dtype=mx.uint32)
-        self.hidden: mx.array | None = getattr(head[0], "pending", None)
-        self.due: list[int] = []
         self.is_settled = False  # whether the caches hold whole rounds only
 
     # -- prompt ---------------------------------------------------------------------------------------------
@@ -152,8 +140,8 @@ class _Run:
         self.stats.prompt_tokens = len(prompt)
         progress(0, len(prompt))
         self.fill(prompt[:-1], step_size, lambda done, _: progress(done, len(prompt)))
-        logits, hidden = self._backbone_pass(prompt[-1:])
-        self._known(hidden, prompt[-1:])
+        logits, features = self.drafter.backbone_pass(prompt[-1:], self.backbone)
+        self.drafter.note_prompt(features, prompt[-1:])
         if self.processors:
             self.history = mx.array(prompt, dtype=mx.uint32)
         logprobs = self._logprobs(logits[0, -1:], [])
@@ -167,30 +155,14 @@ class _Run:
         """Feed tokens to backbone and head, and draw none."""
         for start in range(0, len(tokens), step_size):
             part = tokens[start : start + step_size]
-            _, hidden = self._backbone_pass(part)
-            self._known(hidden, part)
-            self._feed_head()
-            mx.eval([cache.state for cache in self.backbone + self.head], self.hidden)
+            _, features = self.drafter.backbone_pass(part, self.backbone)
+            self.drafter.note_prompt(features, part)
+            self.drafter.take_in()
+            self._evaluate()
             progress(start + len(part), len(tokens))
 
-    def _known(self, hidden: mx.array, tokens: list[int]) -> None:
-        """Note hidden states [1, n, ...] of `tokens`: each token is the one due after the hidden state before
-        it.
-        """
-        self.due += tokens if self.hidden is not None else tokens[1:]
-        self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
-
-    def _feed_head(self) -> None:
-        """Give the head every pair that is complete."""
-        count = len(self.due)
-        if count and self.hidden is not None:
-            pairs, self.hidden = self.hidden[:, :count], self.hidden[:, count:]
-            self.model.mtp_forward(pairs, mx.array([self.due]), self.head)
-            self.due = []
-
-    def _backbone_pass(self, tokens: list[int]) -> tuple[mx.array, mx.array]:
-        result: tuple[mx.array, mx.array] = self.model(mx.array([tokens]), cache=self.backbone, return_hidden=True)
-        return result
+    def _evaluate(self) -> None:
+        mx.eval([cache.state for cache in self.backbone + self.drafter.caches], self.drafter.waiting())
 
     # -- one round ------------------------------------------------------------------------------------------
 
@@ -199,46 +171,25 @@ class _Run:
         it.
         """
         self.is_settled = False
-        self.due.append(newest)
+        self.drafter.note_newest(newest)
         if self.processors:
             self.history = mx.concatenate([self.history, mx.array([newest], dtype=mx.uint32)])
-        drafts = self._draft(depth)
+        drafts = self.drafter.draft(depth, self.rule, self._logprobs)
         proposed = [token_id(draft.token) for draft in drafts]
         self.clock.charge("head_seconds")
-        logits, hidden = self._backbone_pass([newest, *proposed])
-        mx.eval(logits, hidden)
+        logits, features = self.drafter.backbone_pass([newest, *proposed], self.backbone)
+        mx.eval(logits, features)
         self.clock.charge("backbone_seconds")
         logprobs = self._logprobs(logits[0], drafts)
         accepted, after = self.rule.judge(logprobs, drafts)
-        _take_back(self.backbone, len(drafts) - accepted)
-        self._keep(hidden[:, : accepted + 1], proposed[:accepted])
+        take_back(self.backbone, len(drafts) - accepted)
+        self.drafter.note_round(features[:, : accepted + 1], proposed[:accepted])
         self.stats.count(len(drafts), accepted)
+        self.stats.note_estimates(drafts, accepted)
         self.clock.charge("other_seconds")
         tokens = [*proposed[:accepted], after]
         self.is_settled = True
         return [(token, logprobs[n], n < accepted) for n, token in enumerate(tokens)]
-
-    def _draft(self, depth: int) -> list[Draft]:
-        """Drafts from the due pairs, then from the head's own output, which is taken back."""
-        if depth == 0 or self.hidden is None:
-            return []
-        hidden, tokens = self.hidden, mx.array([self.due])
-        drafts: list[Draft] = []
-        while len(drafts) < depth:
-            logits, hidden = self.model.mtp_forward(hidden, tokens, self.head, return_hidden=True)
-            drafts.append(self.rule.draft(self._logprobs(logits[0, -1:], drafts)[-1:]))
-            hidden, tokens = hidden[:, -1:], drafts[-1].token[None]
-        mx.eval([draft.token for draft in drafts])
-        _take_back(self.head, depth - 1)
-        self.hidden, self.due = None, []
-        return drafts
-
-    def _keep(self, hidden: mx.array, accepted: list[int]) -> None:
-        """Note the hidden states of the newest token and the accepted drafts, which are due as next
-        tokens.
-        """
-        self.hidden = hidden if self.hidden is None else mx.concatenate([self.hidden, hidden], axis=1)
-        self.due += accepted
 
     def _logprobs(self, logits: mx.array, drafts: list[Draft]) -> mx.array:
         """Log-probabilities of rows [n, V]; the last row is preceded by all drafts, each row before by one
@@ -265,27 +216,20 @@ class _Run:
     def close(self, tokens: list[Token], used: int) -> None:
         """Bring the caches to exactly the tokens that left: `used` of the last round's `tokens`.
 
-        Afterwards the backbone covers the prompt and every token that left, as after mlx-lm's plain
-        generator; the head covers one position less and holds the hidden state that waits for its next token.
+        Afterwards the backbone covers the prompt and every token that left, as after mlx-lm's plain generator, and the
+        head the same: a DSpark head all of them, a classic one all but the last, whose hidden state waits with it.
         """
         unused = len(tokens) - 1 - used
         if unused >= 0:
-            _take_back(self.backbone, unused)
-            if self.hidden is not None and unused:
-                self.hidden, self.due = self.hidden[:, :-unused], self.due[:-unused]
+            take_back(self.backbone, unused)
+            self.drafter.drop(unused)
         else:
             newest = tokens[-1][0]
-            self.due.append(newest)
-            self._keep(self._backbone_pass([newest])[1], [])
-        self._feed_head()
-        self.head[0].pending = self.hidden
-        mx.eval([cache.state for cache in self.backbone + self.head])
-
-
-def _take_back(caches: list[Any], count: int) -> None:
-    if count:
-        for cache in caches:
-            cache.trim(count)
+            self.drafter.note_newest(newest)
+            self.drafter.note_round(self.drafter.backbone_pass([newest], self.backbone)[1], [])
+        self.drafter.take_in()
+        self.drafter.settle()
+        mx.eval([cache.state for cache in self.backbone + self.drafter.caches])
 
 
 def _split_cache(model: DraftingModel, prompt_cache: list[Any] | None) -> tuple[list[Any], list[Any]]:
@@ -296,9 +240,7 @@ def _split_cache(model: DraftingModel, prompt_cache: list[Any] | None) -> tuple[
         return model.make_cache(), model.make_mtp_cache()
     count = len(model.make_cache())
     backbone, head = prompt_cache[:count], prompt_cache[count:]
-    pending = getattr(head[0], "pending", None) if head else None
-    known = head[0].offset + (0 if pending is None else pending.shape[1]) if head else -1
-    if known != backbone[0].offset:
+    if covered(head) != backbone[0].offset:
         head = model.make_mtp_cache()
         prompt_cache[count:] = head
     return backbone, head
@@ -321,9 +263,9 @@ def fill_cache(
     progress = prompt_progress_callback or (lambda *_: None)
     if len(prompt_cache) > count:
         backbone, head = _split_cache(model, prompt_cache)
-        run = _Run(model, ExactMatch(), [], backbone, head, DecodeStats())
-        run.fill(tokens, prefill_step_size, progress)
-        head[0].pending = run.hidden
+        drafter = make_drafter(model, head, backbone[0].offset)
+        _Run(drafter, ExactMatch(), [], backbone, DecodeStats()).fill(tokens, prefill_step_size, progress)
+        drafter.settle()
         return
     for start in range(0, len(tokens), prefill_step_size):
         part = tokens[start : start + prefill_step_size]
@@ -342,14 +284,11 @@ def level_cache(model: DraftingModel, prompt_cache: list[Any], most: int) -> int
     count = len(model.make_cache())
     backbone, head = prompt_cache[:count], prompt_cache[count:]
     try:
-        _take_back(backbone, max(0, backbone[0].offset - most))
-        if head:
-            pending = getattr(head[0], "pending", None)
-            waiting = 0 if pending is None else pending.shape[1]
-            if head[0].offset + waiting != backbone[0].offset:
-                head[0].pending = None
-                _take_back(head, max(0, head[0].offset - backbone[0].offset))
-                _take_back(backbone, backbone[0].offset - head[0].offset)
+        take_back(backbone, max(0, backbone[0].offset - most))
+        if head and covered(head) != backbone[0].offset:
+            head[0].pending = None
+            take_back(head, max(0, head[0].offset - backbone[0].offset))
+            take_back(backbone, backbone[0].offset - head[0].offset)
     except ValueError:
         return 0
     return int(backbone[0].offset)
@@ -363,49 +302,68 @@ def _make_rule(sampler: Sampler | None, sampling: Sampling | None) -> Rule:
     return ExactMatch(sampler)
 
 
-def mtp_generate_step(
-    prompt: mx.array,
-    model: DraftingModel,
-    stream: Any = None,
-    *,
-    draft_depth: int = 1,
-    max_tokens: int = 256,
-    sampler: Sampler | None = None,
-    sampling: Sampling | None = None,
-    logits_processors: list[LogitsProcessor] | None = None,
-    prompt_cache: list[Any] | None = None,
-    prefill_step_size: int = 512,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
-    stats: DecodeStats | None = None,
-) -> Generator[Token, None, None]:
-    """Yield (token, log-probabilities [V], from_draft) after the token ids `prompt` [L], as mlx-lm's
-    generators do.
+def deepest(model: Any) -> int:
+    """Most drafts that can be verified per pass: those of a DSpark head's block, as far as they can be taken back."""
+    return min(MAX_BLOCK_DEPTH, model.args.dspark_block_size) if is_block_head(model) else MAX_DRAFT_DEPTH
 
-    `draft_depth` drafts per pass (1 to 8); `max_tokens` -1 for no limit. With `sampling` (temp > 0) drafts
-    are accepted probabilistically; else each must equal the token that `sampler` (default: greedy) draws.
+
+def default_depth(model: Any) -> int:
+    """Drafts verified per pass where nothing is said: the whole block of a DSpark head, one of a classic head."""
+    return deepest(model) if is_block_head(model) else 1
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What `mtp_generate_step` takes as keywords, with the names that mlx-lm's generators have for them.
+
+    `draft_depth` drafts are verified per pass (default: `default_depth`); with `confidence` above 0, of a DSpark head,
+    up to the first whose estimated acceptance is below it. `max_tokens` -1 for no limit. With `sampling` (temp > 0)
+    drafts are accepted probabilistically; else each must equal the token that `sampler` (default: greedy) draws.
     Both leave the distribution as it is without the head. `prompt_cache` = `make_cache() + make_mtp_cache()`
     is continued in place and covers, once the generator is closed, the prompt and every token yielded.
-    `stats` is filled in. Raises ValueError on an empty prompt, a depth out of range, or a model without a
-    head.
+    `stats` is filled in.
     """
+
+    draft_depth: int | None = None
+    confidence: float = 0.0
+    max_tokens: int = 256
+    sampler: Sampler | None = None
+    sampling: Sampling | None = None
+    logits_processors: list[LogitsProcessor] | None = None
+    prompt_cache: list[Any] | None = None
+    prefill_step_size: int = 512
+    prompt_progress_callback: Callable[[int, int], None] = lambda done, total: None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+
+    def depth(self, model: Any) -> int:
+        """Return the drafts to verify per pass. Raises ValueError on more than the head has."""
+        depth = default_depth(model) if self.draft_depth is None else self.draft_depth
+        if not 1 <= depth <= deepest(model):
+            raise ValueError(f"draft depth {depth}: expected 1 to {deepest(model)}")
+        return depth
+
+
+def mtp_generate_step(
+    prompt: mx.array, model: DraftingModel, stream: Any = None, **options: Any
+) -> Generator[Token, None, None]:
+    """Yield (token, log-probabilities [V], from_draft) after the token ids `prompt` [L], as mlx-lm's generators do.
+
+    `options` are those of `DecodeOptions`. Raises ValueError on an empty prompt, a depth out of range, or a model
+    without a head.
+    """
+    asked = DecodeOptions(**options)
     tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
     if not tokens:
         raise ValueError("the prompt is empty: at least one token is needed")
-    if not 1 <= draft_depth <= MAX_DRAFT_DEPTH:
-        raise ValueError(f"draft depth {draft_depth}: expected 1 to {MAX_DRAFT_DEPTH}")
-    backbone, head = _split_cache(model, prompt_cache)
+    depth, max_tokens = asked.depth(model), asked.max_tokens
+    backbone, head = _split_cache(model, asked.prompt_cache)
     if not head:
         raise ValueError("the model has no head to draft with")
-    run = _Run(
-        model,
-        _make_rule(sampler, sampling),
-        logits_processors or [],
-        backbone,
-        head,
-        stats if stats is not None else DecodeStats(),
-    )
+    drafter = make_drafter(model, head, backbone[0].offset, asked.confidence)
+    rule = _make_rule(asked.sampler, asked.sampling)
+    run = _Run(drafter, rule, asked.logits_processors or [], backbone, asked.stats)
     with contextlib.nullcontext() if stream is None else mx.stream(stream):
-        batch = run.prefill(tokens, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+        batch = run.prefill(tokens, asked.prefill_step_size, asked.prompt_progress_callback)
         used = 0
         try:
             while True:
@@ -419,9 +377,9 @@ def mtp_generate_step(
                 run.clock.skip()
                 run.note([token for token, _, _ in batch[:-1]])
                 left = max_tokens - run.stats.generated - 1
-                batch = run.round(batch[-1][0], draft_depth if max_tokens < 0 else min(draft_depth, left))
+                batch = run.round(batch[-1][0], depth if max_tokens < 0 else min(depth, left))
         finally:
-            if prompt_cache is not None and run.is_settled:
+            if asked.prompt_cache is not None and run.is_settled:
                 run.close(batch, used)
 
 

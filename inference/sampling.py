@@ -64,11 +64,12 @@ class Sampling:
 @dataclass(frozen=True)
 class Draft:
     """One drafted token, int [1], and the logits [1, V] that it was drawn from (None where the rule needs
-    none).
+    none). `estimate`: how likely the head holds it to be accepted if those before it are (None: it does not say).
     """
 
     token: mx.array
     logits: mx.array | None = None
+    estimate: float | None = None
 
 
 class Rule(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-MODULES = ("config", "cache", "layers", "attention", "weights", "deepseek_v4")
+MODULES = ("config", "cache", "layers", "attention", "block", "dspark", "weights", "model")
 """In order of dependence: each uses only those before it."""
 
 HEADER = '''"""DeepSeek-V4 for mlx-lm, backbone and multi-token-prediction head, in one file.
@@ -28,7 +28,7 @@ def single_file_source() -> str:
     imports: list[str] = []
     bodies: list[str] = []
     for name in MODULES:
-        source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        source = (Path(__file__).parent / "deepseek_v4" / f"{name}.py").read_text(encoding="utf-8")
         found, body = _split(source)
         imports += [line for line in found if line not in imports]
         bodies.append(f"# {'-' * 20} {name} {'-' * 20}\n\n{body.strip()}\n")

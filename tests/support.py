@@ -6,27 +6,50 @@ Reader and writer are written from the safetensors README and never call ours, s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ds4convert import __main__ as program
-from ds4convert import synth
+import pytest
+
+from ds4convert import __main__
 from ds4convert.cli import Session
+from ds4convert.demo import synth
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
-WIDTHS = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U32": 4, "I64": 8}
+WIDTHS = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+          "F32": 4, "I32": 4, "U32": 4, "I64": 8}  # fmt: skip
+
+OUTSIDE = dict(os.environ)
+"""The environment as the run found it, for the few programs that have to reach the network (pip)."""
+
+PERSONAL = re.compile(
+    r"(HF|HUGGING_?FACE|TRANSFORMERS|TOKENIZERS|DS4CONVERT|MLX|LC)_.*|(?i:\w+_proxy)|COLUMNS|LINES|LANG|LANGUAGE"
+    r"|NO_COLOR|FORCE_COLOR|CLICOLOR\w*|XDG_CACHE_HOME|PYTHON(WARNINGS|UTF8|IOENCODING|OPTIMIZE|SAFEPATH|STARTUP)"
+)
+"""Variables by which people's machines differ and that change what is printed, fetched or found."""
+
+
+def clean(environment: MutableMapping[str, str], home: Path) -> None:
+    """Take what is `PERSONAL` out of an environment, and give it one language and a Hub cache of its own at `home`."""
+    for name in [n for n in environment if PERSONAL.fullmatch(n)]:
+        del environment[name]
+    environment.update({"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "HF_HOME": str(home)})
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -55,6 +78,22 @@ def write_synth(out: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
 def copy_folder(source: Path, target: Path) -> Path:
     """Copy a checkpoint folder and return the copy."""
     return Path(shutil.copytree(source, target))
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def nightly(cases: Iterable[Any], is_repetition: Callable[[Any], bool]) -> list[Any]:
+    """Return the cases as parameters; those that show what others show already run with --nightly only."""
+    return [pytest.param(c, marks=pytest.mark.nightly) if is_repetition(c) else c for c in cases]
+
+
+def combined(*axes: Iterable[Any], is_repetition: Callable[..., bool]) -> list[Any]:
+    """Return all combinations of several axes as parameters; see `nightly`."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.nightly] if is_repetition(*case) else [])
+        for case in itertools.product(*axes)
+    ]
 
 
 # --- safetensors, independently ------------------------------------------------------------------------------------
@@ -167,7 +206,7 @@ def run(*arguments: object) -> Result:
     out, err = io.StringIO(), io.StringIO()
     argv = ["ds4convert", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = program._run(Session())
+        code = __main__._run(Session())
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -177,6 +216,37 @@ def run_process(*arguments: object, **options: Any) -> Result:
     command = [sys.executable, "-m", "ds4convert", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False, **options)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def die_with_parent() -> None:
+    """In a child, before it becomes a program: end when the test run does, even by kill -9 (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def children() -> set[int]:
+    """Return the processes that this one started and that run; none where the system has no /proc."""
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that ends meanwhile
+            found |= set(map(int, path.read_text().split()))
+    return {pid for pid in found if runs(pid) and "multiprocessing.resource_tracker" not in command_of(pid)}
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process is there and has not ended; one that has is there until it is waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] not in b"ZX"
+    except OSError:
+        return False
+
+
+def command_of(pid: int) -> str:
+    """Return the command line of a process; empty for a moment while it becomes another program."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -191,7 +261,7 @@ def tree(folder: Path) -> dict[str, str]:
 def assert_refused(result: Result, *parts: str, code: int = 3) -> None:
     """Assert a clean refusal: exit code, nothing on standard output, no traceback, and every part in the message."""
     assert result.code == code, (result.code, result.err)
-    assert result.out == ""
+    assert result.out == "" or result.json["error"]["code"] == code, result.out  # a document, with --json
     assert "Traceback" not in result.err and "this is a bug" not in result.err, result.err
     assert result.err.startswith("Error: ") and result.err.endswith("\n"), result.err
     for part in parts:

@@ -22,18 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from ds4convert import convert, synth, verify
-from ds4convert import plan as plans
-from ds4convert.config import named_config
-from ds4convert.convert import Outcome
+from ds4convert.checkpoint.config import named_config
+from ds4convert.checkpoint.source import open_source
+from ds4convert.demo import synth
+from ds4convert.execution import run as convert
+from ds4convert.execution.run import Outcome
 from ds4convert.files import Disk
 from ds4convert.inference.single_file import single_file_source
-from ds4convert.layouts import layout_of
-from ds4convert.recipes import recipe_of
+from ds4convert.planning import build
+from ds4convert.planning.build import make_plan
+from ds4convert.planning.layouts import layout_of
+from ds4convert.planning.parts import Part
+from ds4convert.planning.recipes import recipe_of
+from ds4convert.verification import structure
+from ds4convert.verification.against_source import against_source
+from tests import support
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-CHECKPOINTS = sorted(p.parent for p in GOLDEN.glob("*/checkpoint/config.json"))
+EVERY = sorted(p.parent for p in GOLDEN.glob("*/checkpoint/config.json") if '"deepseek_v4"' in p.read_text())
+"""The golden checkpoints of DeepSeek-V4; that of V4.1 has tests of its own (`tests/checkpoint/families`)."""
+BLOCK_CHECKPOINTS = [p for p in EVERY if "dspark_block_size" in (p / "config.json").read_text()]
+"""Golden checkpoints with a DSpark head, which fewer layouts have a place for."""
+CHECKPOINTS = [p for p in EVERY if p not in BLOCK_CHECKPOINTS]
 DTYPES = {
     "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E8M0": "u1", "BF16": "<u2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "I64": "<i8",
@@ -53,12 +64,7 @@ def start(*words: str | Path, **kwargs: Any) -> subprocess.Popen[str]:
     """Start the command line in a process of its own."""
     command = [sys.executable, "-m", "ds4convert", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
-    # A shell's background jobs ignore Ctrl-C, and so would their children: here it has to arrive.
-    return subprocess.Popen(command, preexec_fn=_heed_interrupts, **(pipes | kwargs))
-
-
-def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, **({"preexec_fn": support.die_with_parent} | pipes | kwargs))
 
 
 def cli(*words: str | Path, exit_code: int | None = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -82,9 +88,9 @@ def failed_checks(*words: str | Path) -> list[str]:
 
 def wrong(out: Path, source: Path | None = None) -> list[str]:
     """Return the names of the checks that fail for the folder `out`, asked in this process."""
-    checks = verify.structure(out)
+    checks = structure.structure(out)
     if source is not None:
-        checks += verify.against_source(out, source)
+        checks += against_source(out, source)
     return [c.name for c in checks if not c.ok]
 
 
@@ -98,15 +104,18 @@ def run(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda n: None,
     formats: tuple[str, str, str] | None = None,
+    part: Part | None = None,
+    cores: int | None = None,
     **options: Any,
 ) -> Outcome:
     """Convert in this process; `formats` are those of backbone, experts, head in place of the recipe's."""
-    opened = convert.open_source(source)
+    opened = open_source(source)
     chosen = layout_of(layout)
     model = single_file_source().encode() if chosen.model_file else b""
     rules = recipe_of(recipe).overridden(*formats) if formats else recipe_of(recipe)
-    made = convert.make_plan(opened, plans.Options(rules, chosen, model_source=model, **options))
-    return convert.run(opened, made, out, jobs, overwrite, progress, disk)
+    made = make_plan(opened, build.Options(rules, chosen, model_source=model, **options))
+    way = convert.Way(jobs, overwrite, progress, disk or Disk(), part=part, cores=cores)
+    return convert.run(opened, made, out, way)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
@@ -224,8 +233,8 @@ def bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def source_value(tensors: dict[str, Stored], name: str) -> np.ndarray:
-    """Return the values of the official tensor `name` (its scale, if any, beside it)."""
+def source_value(tensors: dict[str, Stored], name: str, tile: tuple[int, int] = (128, 128)) -> np.ndarray:
+    """Return the values of the official tensor `name` (its scale, if any, beside it; FP8 has one for each `tile`)."""
     t = tensors[name]
     raw = t.raw()
     if t.dtype == "BF16":
@@ -236,7 +245,7 @@ def source_value(tensors: dict[str, Stored], name: str) -> np.ndarray:
     if t.dtype == "I8":
         return fp4(raw.view(np.uint8)) * scales.repeat(32, axis=1)
     rows, cols = raw.shape
-    return e4m3(raw) * scales.repeat(128, axis=0)[:rows].repeat(128, axis=1)[:, :cols]
+    return e4m3(raw) * scales.repeat(tile[0], axis=0)[:rows].repeat(min(tile[1], cols), axis=1)[:, :cols]
 
 
 EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -325,6 +334,64 @@ class FailingDisk(Disk):
             return found(*args, **kwargs)
 
         return counted
+
+
+KILLED = """
+import itertools, os, signal, sys, threading, time
+from ds4convert import interrupts
+from ds4convert.files import Disk
+
+last, number, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
+numbers, counting = itertools.count(1), threading.Lock()
+
+
+def counted(real):
+    def call(*args, **kwargs):
+        with counting:
+            if next(numbers) == last:
+                os.kill(os.getpid(), number)
+                while threading.current_thread() is not threading.main_thread() and not interrupts._received:
+                    time.sleep(0.001)  # nothing more is done before the signal has been heard
+        return real(*args, **kwargs)
+
+    return call
+
+
+for name in names:
+    setattr(Disk, name, counted(getattr(Disk, name)))
+from ds4convert.__main__ import main
+
+sys.argv = ["ds4convert", *sys.argv[4:]]
+try:
+    main()
+finally:
+    print("calls", next(numbers) - 1, file=sys.stderr)
+"""
+"""The command line, in a process that gets a signal at the n-th call that changes the disk."""
+
+
+def killed_at(n: int, *words: str | Path) -> bool:
+    """Run the command line and kill it at its n-th call that changes the disk; return whether it came to that."""
+    return _counting(n, *words).returncode == -signal.SIGKILL
+
+
+def interrupted_at(n: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line, press Ctrl-C at its n-th call that changes the disk, and return how it ended."""
+    return _counting(n, *words, number=signal.SIGINT)
+
+
+def disk_calls(*words: str | Path) -> int:
+    """Run the command line to its end; return the number of its calls that change the disk."""
+    done = _counting(0, *words)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1])
+
+
+def _counting(n: int, *words: str | Path, number: signal.Signals = signal.SIGKILL) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", KILLED, str(n), str(int(number)), ",".join(FailingDisk.MUTATING), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode in {0, -signal.SIGKILL, 130} and "Traceback" not in done.stderr, (n, done.stderr)
+    return done
 
 
 def sampled(count: int, most: int) -> Iterator[int]:

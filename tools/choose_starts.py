@@ -11,8 +11,8 @@ import itertools
 import numpy as np
 
 from ds4convert.formats.affine import Search
-from ds4convert.formats.arrays import HOST
-from ds4convert.formats.scalars import F32, bf16_bits, bf16_values
+from ds4convert.formats.array_backends import HOST
+from ds4convert.formats.small_floats import F32, bf16_bits, bf16_values
 
 GROUPS, SIZE, WANTED = 4096, 64, 9
 CUT = {2: 0.30, 3: 0.20, 4: 0.12, 5: 0.08, 6: 0.05}

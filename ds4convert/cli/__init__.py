@@ -1,9 +1,9 @@
 """The commands of the contract: parse, call, report, exit code. Heavy imports live inside the commands.
 
-A file per group of commands; the order of the imports here is the order in which `--help` lists them.
+A file per group of commands; `shell/group` lists them all, and loads each when it is asked for.
 """
 
-from ds4convert.cli import convert, calibrate, rearrange, check, run, serve, hub, trial  # noqa: I001 - command order
-from ds4convert.cli.session import Session, cli
+from ds4convert.cli.session import Session
+from ds4convert.cli.shell.group import cli
 
-__all__ = ["Session", "calibrate", "check", "cli", "convert", "hub", "rearrange", "run", "serve", "trial"]
+__all__ = ["Session", "cli"]

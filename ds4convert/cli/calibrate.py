@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ds4convert.choices import FILE, PATH
-from ds4convert.cli.session import Session, cli, common, local
-from ds4convert.errors import InputError
+from ds4convert.cli.session import Session, common
+from ds4convert.cli.shell.group import cli
+from ds4convert.cli.shell.kinds import PATH, SOURCE, OneOf
+from ds4convert.words import terminal
 
 
 @cli.command()
-@click.argument("src")
-@click.argument("text", type=FILE)
+@click.argument("src", type=SOURCE)
+@click.argument("text", type=PATH, nargs=-1, required=True)
 @click.argument("out", type=PATH)
-@click.option("--max-tokens", type=click.IntRange(2), default=32768, show_default=True, help="Tokens of TEXT to use.")
+@click.option("--max-tokens", type=click.IntRange(2), default=32768, show_default=True,
+              help="Tokens of the texts to use, taken from all over them.")  # fmt: skip
 @click.option(
-    "--sequence", type=click.IntRange(2), default=1024, show_default=True, help="Tokens that are run together."
+    "--sequence", type=click.IntRange(2), default=512, show_default=True, help="Tokens that are run together."
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+@click.option("--sensitivity", is_flag=True, help="Measure as well what rounding each matrix alone does to the output: "
+              "for --fit and --mac.")  # fmt: skip
+@click.option("--sensitivity-tokens", type=click.IntRange(2), default=2048, show_default=True,
+              help="Tokens of the texts to use for that.")  # fmt: skip
+@click.option("--dtype", type=OneOf(["float32", "bfloat16"]), default="float32", show_default=True,
               help="Precision of the computation.")  # fmt: skip
 @common()
-def calibrate(session: Session, src: str, text: Path, out: Path, max_tokens: int, sequence: int, dtype: str) -> None:
+def calibrate(session: Session, src: str, text: tuple[Path, ...], out: Path, **choices: Any) -> None:
     """Run TEXT through SRC, a checkpoint or a converted folder, and write what goes into each matrix to OUT.
 
-    One layer is in memory at a time. Give OUT to `quantize --calibration OUT`.
+    TEXT is a text file, a folder of them, or a file of JSON lines with `text` or `messages`; it may be given several
+    times. One layer is in memory at a time. Give OUT to `quantize --calibration OUT`.
 
     \b
     Example: ds4convert calibrate DeepSeek-V4-Flash-mlx book.txt flash.calibration.safetensors
     """
-    from ds4convert import calibration, generation
-    from ds4convert.inference import calibrate as collecting
-    from ds4convert.inference.layerwise import work_bytes
-    from ds4convert.inspection import inventory_of
+    from ds4convert.api import calibrating
 
-    folder = local(src)
-    inventory = inventory_of(folder)
-    try:
-        words = text.read_text("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{text}: not UTF-8 text: {e}") from None
-    ids = generation.read_tokenizer(folder, set()).encode(words)[:max_tokens]
-    prompts = [ids[n : n + sequence] for n in range(0, len(ids), sequence)]
-    prompts = [p for p in prompts if len(p) >= 2]
-    if not prompts:
-        raise InputError(f"{text}: {len(ids)} tokens; expected at least 2, some thousands for a good calibration")
-    with session.progress(work_bytes(folder), "calibrating") as progress:
-        found = collecting.collect(folder, prompts, dtype=dtype, progress=progress)
-    tokens = sum(map(len, prompts))
-    size = calibration.write(out, inventory, found, tokens)
-    facts = {"file": str(out), "bytes": size, "tokens": tokens, "matrices": len(found)}
-    session.emit(facts, f"{len(found):,} matrices over {tokens:,} tokens: {out}")
+    with session.listening() as heard:
+        done = calibrating.calibrate(src, text, out, calibrating.CalibrateOptions(**choices), **heard)
+    told = f"{done.matrices:,} matrices over {done.tokens:,} tokens: {terminal.line(out)}"
+    then = shlex.join(["ds4convert", "quantize", src, "OUT", "--recipe", "q3", "--calibration", str(out)])
+    session.emit(done.as_json(), told, then)

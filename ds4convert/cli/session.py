@@ -1,23 +1,33 @@
-"""What all commands share: the session, the group, common options, and how arguments become values."""
+"""What all commands share: the session, and the common options."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import click
 
-from ds4convert.choices import F
-from ds4convert.errors import UsageError
+from ds4convert.api.reporting import Failure, Listener, Message, MessageCallback, ProgressCallback, document
+from ds4convert.checkpoint import advice
+from ds4convert.checkpoint.types import JSON
+from ds4convert.cli import progress
+from ds4convert.cli.shell import colour
+from ds4convert.cli.shell.group import F
+from ds4convert.words import figures, terminal
 
-if TYPE_CHECKING:
-    from ds4convert.convert import Source
-    from ds4convert.folder import Checkpoint
+
+class Heard(TypedDict):
+    """The callables that the functions of the library take, by the names of their arguments."""
+
+    progress: ProgressCallback | None
+    say: MessageCallback
 
 
 @dataclass
@@ -27,31 +37,129 @@ class Session:
     verbose: int = 0
     quiet: bool = False
     as_json: bool = False
+    told: bool = False
+    began: float | None = None
+    decided: str = ""
+    """What --verbose tells before all else; a command that fails at once tells its error alone."""
 
-    def emit(self, facts: Any, text: str) -> None:
-        """Print the result: one JSON document, or text for people."""
-        click.echo(json.dumps(facts) if self.as_json else text)
+    def emit(self, facts: Any, text: str | Callable[[Any], str], then: str = "") -> None:
+        """Print the result: one JSON document, or, not with --quiet, text for people.
+
+        A function as `text` gets the facts with every text in them made one safe line, and returns what to print. Then
+        come how long it took, where progress was shown, and `then`, the command line that is to be run next.
+        """
+        self._tell_decided()
+        if self.as_json:
+            self._document(document(facts))
+        elif not self.quiet and text:
+            with self._fitting():
+                told = text if isinstance(text, str) else text(terminal.clean(facts))
+            took = [] if self.began is None or "seconds" in facts else [_took(time.monotonic() - self.began)]
+            colour.write("\n".join([told, *took, *([f"next: {then}"] if then else [])]), sys.stdout)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Have tables be made as wide as the terminal is that they are printed on; elsewhere as they come."""
+        if not terminal.plain(sys.stdout).isatty():
+            yield
+            return
+        token = figures.WIDTH.set(shutil.get_terminal_size().columns)
+        try:
+            yield
+        finally:
+            figures.WIDTH.reset(token)
+
+    def result(self, facts: Any, text: str | Callable[[Any], str]) -> None:
+        """Print what the command was asked to tell: as `emit`, and with --quiet too."""
+        quiet, self.quiet = self.quiet, False
+        try:
+            self.emit(facts, text)
+        finally:
+            self.quiet = quiet
+
+    def failed(self, failure: Failure) -> None:
+        """Print what went wrong as a JSON document, with --json, and unless the result has been printed already."""
+        if self.as_json and not self.told:
+            with contextlib.suppress(OSError):  # standard output may be what failed
+                self._document(failure.as_json())
+
+    def _document(self, table: JSON) -> None:
+        self.told = True
+        click.echo(json.dumps(table))
+
+    def say(self, text: str) -> None:
+        """Print a part of what a command tells as it goes, of any number of lines; nothing with --quiet or --json."""
+        self._tell_decided()
+        if not self.quiet and not self.as_json:
+            colour.write(text, sys.stdout)
+
+    def _tell_decided(self) -> None:
+        text, self.decided = self.decided, ""
+        if self.verbose and text and not self.quiet:
+            click.echo(terminal.line(text), err=True)
+
+    def piece(self, text: str) -> None:
+        """Print a piece of a text that comes in pieces: the result itself, so with --quiet too; not with --json."""
+        self._tell_decided()
+        if not self.as_json:
+            click.echo(terminal.escape(text), nl=False)
+
+    def fail(self, text: str) -> None:
+        """Print what a check found wrong where --quiet leaves out the account of all checks."""
+        if self.quiet and not self.as_json:
+            colour.write(text, sys.stdout)
 
     def note(self, text: str) -> None:
-        """Say something on the way, on standard error."""
+        """Say something on the way, on standard error, in one line."""
+        self._tell_decided()
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(terminal.line(text), err=True)
+
+    def detail(self, text: str) -> None:
+        """Say with --verbose what is being done, on standard error, in one line."""
+        if self.verbose:
+            self.note(text)
 
     def warn(self, text: str) -> None:
         """Say on standard error what the user has to know, even with --quiet."""
-        click.echo(f"Warning: {text}", err=True)
+        colour.write(f"Warning: {terminal.line(text)}", sys.stderr)
+
+    def hear(self, message: Message) -> None:
+        """Print what a function says on the way."""
+        {"detail": self.detail, "note": self.note, "warning": self.warn}[message.kind](message.text)
+
+    def warn_of_unused(self, unused: Mapping[str, str]) -> None:
+        """Say of each option that was given and that this run has no use for that it has none."""
+        for name in filter(is_given, unused):
+            self.warn(f"--{name.replace('_', '-')} has no effect here; it is for {unused[name]}")
+
+    @contextmanager
+    def listening(self) -> Iterator[Heard]:
+        """Yield the callables by which a function tells how far it is, and what it found on the way.
+
+        Progress is a bar on a terminal, elsewhere a line a minute. With --verbose the time taken is told.
+        """
+        self.began = time.monotonic()
+        if self.quiet:
+            yield {"progress": None, "say": self.hear}
+            return
+        with contextlib.closing(progress.Meter(self.note, self.detail)) as meter:
+            yield {"progress": meter.heard, "say": self.hear}
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        """Yield a callback for numbers of bytes; shows a bar on a terminal."""
-        if self.quiet or not sys.stderr.isatty():
-            yield lambda n: None
-            return
-        from tqdm import tqdm
+        """Yield a callback for numbers of bytes, shown as `listening` does it."""
+        with self.listening() as heard, Listener(heard["progress"]).counting(what, total) as count:
+            yield count
 
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, smoothing=0.05, leave=False)
-        with bar:
-            yield lambda n: bar.update(n) and None
+
+def _took(seconds: float) -> str:
+    return f"done in {seconds:.1f} s" if seconds < 10 else f"done in {figures.duration(seconds)}"
+
+
+def is_given(name: str) -> bool:
+    """Return whether an option of the command that runs stands on its command line."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def common(reports: bool = True) -> Callable[[F], F]:
@@ -60,18 +168,26 @@ def common(reports: bool = True) -> Callable[[F], F]:
     def wrap(f: F) -> F:
         def set_up(ctx: click.Context, param: click.Parameter, value: Any) -> None:
             session = ctx.ensure_object(Session)
+            advice.OPTIONS.set(frozenset(o for p in ctx.command.params for o in (*p.opts, *p.secondary_opts)))
             if value:
                 setattr(session, {"json": "as_json"}.get(param.name or "", param.name or ""), value)
 
         options = [
-            click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_up, help="Say less."),
+            click.option(
+                "-q",
+                "--quiet",
+                is_flag=True,
+                expose_value=False,
+                callback=set_up,
+                help="Print results and errors, nothing else.",
+            ),
             click.option(
                 "-v",
                 "--verbose",
                 count=True,
                 expose_value=False,
                 callback=set_up,
-                help="Say more; -vv shows tracebacks.",
+                help="Say what is decided and how long it took; -vv shows tracebacks.",
             ),
         ]
         if reports:
@@ -89,66 +205,3 @@ def common(reports: bool = True) -> Callable[[F], F]:
         return click.pass_obj(f)  # type: ignore[return-value]
 
     return wrap
-
-
-def model_source() -> bytes:
-    """Return the text of the model file: the one thing of `inference/` that a converted folder can hold."""
-    from ds4convert.inference.single_file import single_file_source
-
-    return single_file_source().encode()
-
-
-def config_bytes(name: str) -> bytes:
-    """Return the config of --config: a name that ships with the package, or a file."""
-    from ds4convert.config import named_config
-    from ds4convert.folder import read_small
-
-    found = named_config(name)
-    path = Path(name)
-    return found if found is not None else read_small(path.parent, path.name)
-
-
-def headers_of(src: str) -> Checkpoint | None:
-    """Return the checkpoint of a Hub repo, from headers read by byte range; None where `src` is a local path."""
-    if not src.startswith("hf://"):
-        return None
-    from ds4convert import hub
-
-    return hub.read_remote(hub.open_repo(src))
-
-
-def source_of(src: str) -> Source:
-    """Return the checkpoint that `src` names, a folder or a repo of the Hub, as the source of a conversion."""
-    from ds4convert import convert
-
-    if not src.startswith("hf://"):
-        return convert.open_source(Path(src))
-    from ds4convert import hub
-
-    return hub.source(hub.open_repo(src))
-
-
-def local(src: str) -> Path:
-    """Return the folder that `src` names. Raises `UsageError` for a repo of the Hub."""
-    if src.startswith("hf://"):
-        raise UsageError(f"{src}: this reads all tensors, which needs a folder; `ds4convert pull {src}` first")
-    return Path(src)
-
-
-class Commands(click.Group):
-    """Lists commands in the order in which they are used, not by name."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the command names in definition order."""
-        return list(self.commands)
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="ds4convert", message="%(version)s")
-def cli() -> None:
-    """Convert DeepSeek-V4 checkpoints to MLX with the multi-token-prediction head kept, and prove the result.
-
-    \b
-    Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx
-             ds4convert verify DeepSeek-V4-Flash-mlx --source DeepSeek-V4-Flash
-    """

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ds4convert.formats.arrays import Arrays
-from ds4convert.formats.scalars import F32
+from ds4convert.formats.array_backends import Arrays
+from ds4convert.formats.small_floats import F32
 
 TINY = 2.0**-100
 """Least scale: far below any value of a normalised group, far above what BF16 cannot hold."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4convert.formats.scalars import F32, U8, e4m3_values, e8m0_values, fp4_pairs
+from ds4convert.formats.small_floats import F32, U8, e4m3_values, e8m0_values, fp4_pairs
 
 MX_GROUP = 32
 """Columns per scale of MLX's mxfp4 and mxfp8."""

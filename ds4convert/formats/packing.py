@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4convert.formats.scalars import U8
+from ds4convert.formats.small_floats import U8
 
 RUN = 8
 """Codes that are packed together, into as many bytes as a code has bits."""

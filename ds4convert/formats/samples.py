@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4convert.formats import floats
+from ds4convert.formats import float_codecs
 from ds4convert.formats.codecs import CODECS
-from ds4convert.formats.encode import encode
-from ds4convert.formats.scalars import F32, U8, bf16_bits, bf16_values
+from ds4convert.formats.rounding import encode
+from ds4convert.formats.small_floats import F32, U8, bf16_bits, bf16_values
 
 ROWS, COLS = 128, 1024
 SPREAD = 0.02
@@ -25,7 +25,7 @@ def fp8_sample(rows: int = ROWS) -> F32:
     """Return values that went through FP8 with a power of two per block."""
     codec = CODECS["mxfp8"]
     e = encode(normal_sample(rows), codec, "nearest")
-    return floats.decode(codec, e.weight, e.scales)
+    return float_codecs.decode(codec, e.weight, e.scales)
 
 
 def fp8_codes(rows: int = ROWS) -> U8:

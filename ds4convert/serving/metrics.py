@@ -27,6 +27,10 @@ HISTOGRAMS = {
     "queue_seconds": "Time that a completion waited for its turn.",
     "first_token_seconds": "Time from the request to the first token.",
 }
+POSITIONS = {
+    "drafted_at_total": "Tokens that the head drafted, by place in the pass.",
+    "accepted_at_total": "Drafted tokens that the backbone accepted, by place in the pass.",
+}
 REQUESTS = "requests_total"
 
 
@@ -37,6 +41,8 @@ class Counts(Protocol):
     passes: int
     drafted: int
     accepted: int
+    drafted_at: list[int]
+    accepted_at: list[int]
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._histograms = {name: Histogram() for name in HISTOGRAMS}
+        self._positions: dict[str, list[int]] = {name: [] for name in POSITIONS}
         self._requests: dict[tuple[str, int], int] = {}
         self._waiting = self._running = 0
 
@@ -99,6 +106,8 @@ class Metrics:
             self._counters["passes_total"] += counts.passes
             self._counters["drafted_tokens_total"] += counts.drafted
             self._counters["accepted_tokens_total"] += counts.accepted
+            for name, found in (("drafted_at_total", counts.drafted_at), ("accepted_at_total", counts.accepted_at)):
+                add_counts(self._positions[name], found)
 
     def text(self) -> str:
         """Return all series."""
@@ -116,11 +125,21 @@ class Metrics:
                 lines.append(f'{PREFIX}{REQUESTS}{{endpoint="{endpoint}",status="{status}"}} {count}')
             for name, text in COUNTERS.items():
                 lines += [*_head(name, text, "counter"), f"{PREFIX}{name} {c[name]}"]
+            for name, text in POSITIONS.items():
+                lines += _head(name, text, "counter")
+                lines += [f'{PREFIX}{name}{{position="{n}"}} {x}' for n, x in enumerate(self._positions[name], 1)]
             for name, (text, value) in gauges.items():
                 lines += [*_head(name, text, "gauge"), f"{PREFIX}{name} {value:g}"]
             for name, text in HISTOGRAMS.items():
                 lines += [*_head(name, text, "histogram"), *self._histograms[name].lines(PREFIX + name)]
         return "\n".join(lines) + "\n"
+
+
+def add_counts(counts: list[int], more: list[int]) -> None:
+    """Add counts by place, in place."""
+    counts += [0] * (len(more) - len(counts))
+    for place, count in enumerate(more):
+        counts[place] += count
 
 
 def _head(name: str, text: str, kind: str) -> list[str]:

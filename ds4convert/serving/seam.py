@@ -1,63 +1,60 @@
-"""The seam to mlx-lm's server: everything of it that is replaced, in one place.
+"""The seam to mlx-lm, and the thread that decodes.
 
-mlx_lm.server brings the HTTP handler, the chat template with its segments, stop sequences, reasoning and tool texts,
-and the prompt cache. Three things are ours: the model (`Provider`), the loop that decodes a request (`Decoder`, in
-place of mlx-lm's `_serve_single`), and how a request waits for it (`Ticket`).
+Of mlx-lm stand here: the prompt cache, the processors and samplers of logits, the tokenizer with its streaming
+detokenizer, and what it knows of other models' tool calls. All of them are functions of its library; its server is not
+used. Requests are decoded one after the other: a batch would have to wait for its slowest draft.
 
-tests/serve/test_seam.py pins what is relied on. WHEN A NEWER MLX-LM MOVES IT: compare `_serve_single`, `generate` and
-`_tokenize` of mlx_lm/server.py with those of a version in SUPPORTED, carry over what changed, run tests/serve, then
-add the version to SUPPORTED and its digests to the test.
+tests/serving/test_seam.py holds what is relied on, by behaviour. When a newer mlx-lm moves it: run it, mend what
+fails, and add the version to SUPPORTED.
 """
-
-# mlx-lm's server carries few types, so these checks would only repeat that.
-# mypy: disable-error-code="no-untyped-call,no-untyped-def,misc"
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
+import gc
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import server as base
 from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 
-from ds4convert.errors import EnvironmentFault, InputError
+from ds4convert.checkpoint.types import JSON
+from ds4convert.errors import EnvironmentFault
 from ds4convert.inference import chat
-from ds4convert.inference.decode import (
-    DecodeStats,
-    fill_cache,
-    level_cache,
-    mtp_generate_step,
-    plain_generate_step,
-)
+from ds4convert.inference.decode import DecodeStats, fill_cache, level_cache, mtp_generate_step, plain_generate_step
 from ds4convert.inference.sampling import Sampling
+from ds4convert.serving import prompting
+from ds4convert.serving.http.responses import Detokenizer, TokenBytes, byte_reader
 from ds4convert.serving.metrics import Metrics
-from ds4convert.serving.validation import Refused
+from ds4convert.serving.prompting import Encoded
+from ds4convert.serving.refused import Refused
+from ds4convert.serving.reply import Marks, Piece, StopText
+from ds4convert.serving.validation import Asked, Prompt
 
+LOG = logging.getLogger(__name__)
 SUPPORTED = ("0.32",)
 """Versions of mlx-lm that the seam was checked against."""
 
 PARTS = {
-    base.ResponseGenerator: ("_tokenize", "_make_state_machine", "_serve_single", "_is_batchable", "stop_and_join"),
-    base.APIHandler: ("do_POST", "generate_response", "completion_usage_response", "handle_completion"),
-    base.ModelProvider: ("load", "load_default", "reset"),
     LRUPromptCache: ("fetch_nearest_cache", "insert_cache"),
+    TokenizerWrapper: ("apply_chat_template", "rfind_think_start", "rfind_think_end", "detokenizer"),
 }
-"""What is called or replaced."""
+"""What is called of classes."""
 
 MODEL_KEY = ("model", None, None)
 PREFILL_STEP = 512
+DRAINED = "the server is shutting down, and the time that it gave to running requests is over"
+
+Progress = Callable[[int, int], None]
 
 
 def check_version(version: str) -> str | None:
@@ -68,12 +65,19 @@ def check_version(version: str) -> str | None:
     known = " or ".join(f"{v}.x" for v in SUPPORTED)
     if gone:
         raise EnvironmentFault(
-            f"mlx-lm {version}: its server has no {', '.join(gone)}; `ds4convert serve` was made for {known}. "
-            f"Install one of those (pip install 'mlx-lm=={SUPPORTED[-1]}.*') or a newer ds4convert"
+            f"mlx-lm {version}: it has no {', '.join(gone)}; `ds4convert serve` was made for {known}",
+            hint=(f"Install one of those (pip install 'mlx-lm=={SUPPORTED[-1]}.*') or a newer ds4convert"),
         )
     if version.rpartition(".")[0] in SUPPORTED:
         return None
     return f"mlx-lm {version} was not checked with `ds4convert serve`, which was made for {known}; it may not work"
+
+
+def keep_weights_wired() -> None:
+    """Let a GPU keep the weights in memory, as mlx-lm's server does it."""
+    from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+    maybe_set_recommended_wired_limit()  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class ClientGone(Exception):
@@ -81,7 +85,9 @@ class ClientGone(Exception):
 
 
 class Ticket(Queue[Any]):
-    """What a request waits on: context, then pieces, then None; `gone` tells the decoder that nobody does any more."""
+    """What a request waits on: context, then pieces and progress, then a finish reason; or an exception. `gone` tells
+    the decoder that nobody waits any more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,192 +96,180 @@ class Ticket(Queue[Any]):
 
 
 @dataclass
-class Piece(base.Response):
-    """One token's text, and whether the head drafted it. `whole` is False for the rest of a token told before."""
+class Context:
+    """What is known of a generation once its prompt is read: size, what the cache had of it, the first state."""
 
-    drafted: bool = False
-    whole: bool = True
-
-
-@dataclass
-class Context(base.GenerationContext):
-    """mlx-lm's context of a generation, and the figures of ours."""
-
+    prompt_tokens: int
+    cached_tokens: int
+    state: str
+    mtp_active: bool
     stats: DecodeStats = field(default_factory=DecodeStats)
-    mtp_active: bool = False
 
 
-class Provider(base.ModelProvider):
-    """The one model, loaded by ds4convert before the server starts; a request cannot load another."""
+@dataclass(frozen=True)
+class Job:
+    """One prompt of a request. `prompt` None: its messages."""
 
-    model: Any
-    tokenizer: Any
-    model_key: Any
-
-    def __init__(self, model: Any, tokenizer: Any, cli_args: argparse.Namespace) -> None:
-        super().__init__(cli_args)
-        self.model, self.tokenizer, self.model_key = model, tokenizer, MODEL_KEY
-
-    def load(self, *_: Any) -> tuple[Any, Any]:
-        """Return the model and the tokenizer."""
-        return self.model, self.tokenizer
-
-    def load_default(self) -> None:
-        """Do nothing: the model is there."""
+    ticket: Ticket
+    asked: Asked
+    prompt: Prompt | None
 
 
-def server_args(folder: Path, max_tokens: int, sampling: dict[str, float], cache_size: int) -> argparse.Namespace:
-    """Return mlx-lm's options, those of its own parser that its server reads."""
-    return argparse.Namespace(
-        model=str(folder), adapter_path=None, draft_model=None, trust_remote_code=False, chat_template="",
-        use_default_chat_template=False, pipeline=False, allowed_origins=[], num_draft_tokens=0,
-        max_tokens=max_tokens, chat_template_args={}, decode_concurrency=1, prompt_concurrency=1,
-        prefill_step_size=PREFILL_STEP, prompt_cache_size=cache_size, prompt_cache_bytes=None, kv_bits=None,
-        kv_group_size=64, quantized_kv_start=0, log_level="WARNING", **sampling,
-    )  # fmt: skip
+def marks_of(tokenizer: Any) -> Marks:
+    """Return the marks in a reply: DeepSeek-V4's tool calls, which mlx-lm does not know, or those that it knows."""
+    start, end = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else (None, None)
+    parser = tokenizer.tool_parser if tokenizer.has_tool_calling else None
+    if parser is None:
+        is_ours = not tokenizer.has_chat_template or chat.DSML in (tokenizer.chat_template or "")
+        return Marks(start, end, parse=chat.read_calls if is_ours else None, is_dsml=is_ours)
+
+    def parse(text: str) -> list[JSON]:
+        found = parser(text, None)
+        calls = found if isinstance(found, list) else [found]
+        return [{"name": c["name"], "arguments": json.dumps(c["arguments"], ensure_ascii=False)} for c in calls]
+
+    return Marks(start, end, tokenizer.tool_call_start, tokenizer.tool_call_end, parse)
 
 
-def with_tools(tokenizer: Any) -> Any:
-    """Return the tokenizer with the tool calls of DeepSeek-V4, which mlx-lm does not know, where it has no others."""
-    if tokenizer.has_tool_calling or not tokenizer.has_chat_template or chat.DSML not in tokenizer.chat_template:
-        return tokenizer
-    return TokenizerWrapper(
-        tokenizer._tokenizer,
-        lambda _: tokenizer.detokenizer,
-        eos_token_ids=sorted(tokenizer.eos_token_ids),
-        tool_parser=parse_calls,
-        tool_call_start=chat.CALLS_START.lstrip() + ">",
-        tool_call_end=chat.CALLS_END,
-    )
+@dataclass(frozen=True)
+class Run:
+    """What one reply counts into, whom it tells how far its prompt is read, and its most tokens."""
+
+    stats: DecodeStats
+    progress: Progress
+    most: int
 
 
-def parse_calls(text: str, tools: Any = None) -> list[dict[str, Any]]:
-    """Return the calls in the text of a block. Raises ValueError where it is not one, as mlx-lm's parsers do."""
-    try:
-        reply = chat.parse_reply(f"{chat.CALLS_START}>\n{text.strip()}\n{chat.CALLS_END}{chat.EOS}", "chat")
-    except InputError as e:
-        raise ValueError(str(e)) from None
-    calls = [call["function"] for call in reply["tool_calls"]]
-    return [{"name": c["name"], "arguments": json.loads(c["arguments"])} for c in calls]
+class Decoder:
+    """The generation thread: decodes one request at a time, with the head where `draft_depth` is not 0."""
 
-
-class Decoder(base.ResponseGenerator):
-    """mlx-lm's generation thread, decoding one request at a time with the head where there is one.
-
-    `draft_depth` 0 decodes plainly.
-    """
-
-    model_provider: Any
-
-    def __init__(self, provider: Provider, draft_depth: int, context: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        draft_depth: int,
+        context: int,
+        cache_size: int,
+        metrics: Metrics,
+        confidence: float = 0.0,
+    ) -> None:
+        self.model, self.tokenizer, self.confidence = model, tokenizer, confidence
         self.draft_depth, self.context, self.metrics = draft_depth, context, metrics
-        super().__init__(provider, LRUPromptCache(provider.cli_args.prompt_cache_size))
+        self.marks, self.longest_token = marks_of(tokenizer), prompting.longest_token(tokenizer)
+        self.token_bytes = byte_reader(tokenizer)
+        self.is_byte_level = isinstance(tokenizer.detokenizer, BPEStreamingDetokenizer)
+        self.requests: Queue[Job] = Queue()
+        self.prompt_cache = LRUPromptCache(cache_size)  # type: ignore[no-untyped-call,unused-ignore]
+        self._stop, self._abort = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="generation")
+        self.thread.start()
 
-    def _is_batchable(self, args: Any) -> bool:
-        return False
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can be decoded."""
+        return self.thread.is_alive()
 
-    def _generate(self) -> None:
+    def abort(self) -> None:
+        """End what runs at its next token, and refuse what waits."""
+        self._abort.set()
+
+    def stop_and_join(self) -> None:
+        """End the thread, at the next token where something runs."""
+        self._abort.set()
+        self._stop.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        stream = mx.default_stream(mx.default_device())
         try:
-            super()._generate()
+            while not self._stop.is_set():
+                with contextlib.suppress(Empty):
+                    self._serve(self.requests.get(timeout=0.1), stream)
         finally:
+            del self.prompt_cache
+            gc.collect()
             mx.clear_streams()  # threads of MLX that outlive this one abort the process when it ends
 
-    def _serve_single(self, request: Any, stream: Any) -> None:
-        ticket, asked, args = request
+    def _serve(self, job: Job, stream: Any) -> None:
+        ticket = job.ticket
         self.metrics.queue(waiting=-1, running=1)
         self.metrics.time("queue_seconds", time.perf_counter() - ticket.born)
         try:
-            if not ticket.gone.is_set():
-                self._decode(ticket, asked, args, stream)
-            ticket.put(None)
+            self._check(ticket)
+            ticket.put(self._decode(job, stream))
         except ClientGone:
-            ticket.put(None)
-        except Exception as e:
-            if not isinstance(e, Refused):
-                logging.exception("a generation failed")
+            ticket.put("stop")
+        except Refused as e:
+            if e.status == 500:
+                _log(e.__cause__ or e)
             ticket.put(e)
+        except BaseException as e:  # whatever a library throws, panics included, ends this request and no other
+            _log(e)
+            ticket.put(Refused(500, f"the generation failed ({type(e).__name__}); the server's log says more"))
         finally:
             self.metrics.queue(running=-1)
 
-    def _decode(self, ticket: Ticket, asked: Any, args: Any, stream: Any) -> None:
-        tokenizer = self.model_provider.tokenizer
-        prompt, segments, kinds, stops, text_sm, initial = self._prompt(tokenizer, asked, args)
-        cache, covered = self._cached(prompt)
-        ctx = Context(
-            has_thinking=tokenizer.has_thinking,
-            has_tool_calling=tokenizer.has_tool_calling,
-            tool_parser=tokenizer.tool_parser,
-            text_sm=text_sm,
-            initial_state=initial,
-            prompt=prompt,
-            prompt_cache_count=covered,
-            mtp_active=self.draft_depth > 0,
+    def _check(self, ticket: Ticket) -> None:
+        if ticket.gone.is_set():
+            raise ClientGone
+        if self._abort.is_set():
+            raise Refused(503, DRAINED, code="draining")
+
+    def _too_long(self, job: Job, tokens: str) -> Refused:
+        return Refused(
+            400,
+            f"this model's maximum context length is {self.context:,} tokens, and the prompt has {tokens}; shorten it",
+            "messages" if job.prompt is None else "prompt",
+            "context_length_exceeded",
         )
+
+    def _decode(self, job: Job, stream: Any) -> str:
+        """Decode one prompt; returns the finish reason."""
+        ticket, asked = job.ticket, job.asked
+        if (fewest := prompting.fewest_tokens(asked, job.prompt, self.longest_token)) >= self.context:
+            raise self._too_long(job, f"{fewest:,} or more")
+        found = prompting.encode(self.tokenizer, asked, job.prompt, self.model.args.vocab_size)
+        prompt, room = found.tokens, self.context - len(found.tokens)
+        if room < 1:
+            raise self._too_long(job, f"{len(prompt):,}")
+        most = min(asked.max_tokens, room)
+        cache, covered = self._cached(prompt)
+        ctx = Context(len(prompt), covered, found.state, self.draft_depth > 0)
         self.metrics.add("prompt_tokens_total", len(prompt))
         self.metrics.add("cached_tokens_total", covered)
         ticket.put(ctx)
 
         def progress(done: int, total: int) -> None:
-            if ticket.gone.is_set():
-                raise ClientGone
+            self._check(ticket)
             ticket.put((done, total))
 
-        covered = self._fill(prompt, segments, kinds, cache, covered, progress)
-        if args.seed is not None:
-            mx.random.seed(args.seed % 2**64)
-        steps = self._steps(prompt[covered:], args, tokenizer, cache, stream, ctx.stats, progress)
+        covered = self._fill(found, cache, covered, progress)
+        if asked.seed is not None:
+            mx.random.seed(asked.seed % 2**64)
+        run = Run(ctx.stats, progress, most)
+        steps = self._steps(prompt[covered:], asked, self.tokenizer, cache, stream, run)
         try:
-            said = self._say(ticket, ctx, steps, args, tokenizer, stops.matcher())
+            said, reason = self._say(ticket, steps, asked, most)
         finally:
             self.metrics.generation(ctx.stats)
-        self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)
-
-    def _prompt(self, tokenizer: Any, asked: Any, args: Any) -> tuple[Any, ...]:
-        """Return the prompt's tokens, their segments and kinds, and the machines that watch the text."""
-        try:
-            prompt, segments, kinds, initial, _ = self._tokenize(tokenizer, asked, args)
-            stops, text_sm = self._make_state_machine(MODEL_KEY, tokenizer, args.stop_words)
-        except Exception as e:
-            raise Refused(422, f"the messages cannot be encoded: {type(e).__name__}: {e}") from None
-        size = self.model_provider.model.args.vocab_size
-        if not prompt or max(prompt) >= size:
-            raise Refused(422, f"the prompt: expected at least one token, and ids below {size:,}")
-        if len(prompt) + args.max_tokens > self.context:
-            raise Refused(
-                422,
-                f"the prompt has {len(prompt):,} tokens and {args.max_tokens:,} more are asked for; the model takes "
-                f"{self.context:,} in all",
-                code="context_length_exceeded",
-            )
-        bias = args.logits.logit_bias
-        if bias and max(bias) >= size:
-            raise Refused(422, f"logit_bias: expected token ids below {size:,}, found {max(bias)}", "logit_bias")
-        return list(prompt), segments, kinds, stops, text_sm, initial
+        self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)  # type: ignore[no-untyped-call,unused-ignore]
+        return reason
 
     def _cached(self, prompt: list[int]) -> tuple[list[Any], int]:
         """Return state for the longest known beginning of the prompt, and its length; at least one token is left."""
-        model = self.model_provider.model
-        cache, rest = self.prompt_cache.fetch_nearest_cache(MODEL_KEY, prompt)
+        cache, rest = self.prompt_cache.fetch_nearest_cache(MODEL_KEY, prompt)  # type: ignore[no-untyped-call,unused-ignore]
         if cache is not None:
-            covered = level_cache(model, cache, min(len(prompt) - len(rest), len(prompt) - 1))
+            covered = level_cache(self.model, cache, min(len(prompt) - len(rest), len(prompt) - 1))
             if covered:
                 return cache, covered
-        return model.make_cache() + (model.make_mtp_cache() if self.draft_depth else []), 0
+        return self.model.make_cache() + (self.model.make_mtp_cache() if self.draft_depth else []), 0
 
-    def _fill(
-        self,
-        prompt: list[int],
-        segments: list[list[int]],
-        kinds: list[str],
-        cache: list[Any],
-        covered: int,
-        progress: Callable[[int, int], None],
-    ) -> int:
-        """Feed all segments but the last, and keep the state at the end of each, as mlx-lm does in a batch.
+    def _fill(self, found: Encoded, cache: list[Any], covered: int, progress: Progress) -> int:
+        """Feed all segments but the last, and keep the state at the end of each.
 
         A prompt of one segment is kept but for its last token: the state after a long reply cannot be taken back to it.
         """
-        end = 0
+        end, prompt, segments, kinds = 0, found.tokens, found.segments, found.kinds
         if len(segments) == 1 and len(prompt) > 1:
             segments, kinds = [prompt[:-1], prompt[-1:]], ["user", "assistant"]
         for segment, kind in zip(segments[:-1], kinds, strict=False):
@@ -283,95 +277,144 @@ class Decoder(base.ResponseGenerator):
             if end > covered:
                 fill_cache(
                     prompt[covered:end],
-                    self.model_provider.model,
+                    self.model,
                     cache,
-                    prefill_step_size=self.cli_args.prefill_step_size,
+                    prefill_step_size=PREFILL_STEP,
                     prompt_progress_callback=progress,
                 )
                 covered = end
-                self.prompt_cache.insert_cache(MODEL_KEY, prompt[:end], copy.deepcopy(cache), cache_type=kind)
+                kept = copy.deepcopy(cache)
+                self.prompt_cache.insert_cache(MODEL_KEY, prompt[:end], kept, cache_type=kind)  # type: ignore[no-untyped-call,unused-ignore]
         return covered
 
     def _steps(
         self,
         rest: list[int],
-        args: Any,
+        asked: Asked,
         tokenizer: Any,
         cache: list[Any],
         stream: Any,
-        stats: DecodeStats,
-        progress: Callable[[int, int], None],
+        run: Run,
     ) -> Any:
-        """Return the generator of tokens. With the sampler of mlx-lm that has no distribution of its own (XTC), a
-        draft is accepted when it equals the token that is drawn.
+        """Return the generator of the run's tokens. With the sampler of mlx-lm that has no distribution of its own
+        (XTC), a draft is accepted when it equals the token that is drawn.
         """
-        s = args.sampling
         options: dict[str, Any] = {
-            "max_tokens": args.max_tokens,
+            "max_tokens": run.most,
             "prompt_cache": cache,
-            "prefill_step_size": self.cli_args.prefill_step_size,
-            "prompt_progress_callback": progress,
-            "logits_processors": base._make_logits_processors(args),
-            "stats": stats,
-        }
-        if s.xtc_probability > 0:
-            options["sampler"] = base._make_sampler(args, tokenizer)
-        else:
-            options["sampling"] = Sampling(temp=s.temperature, top_p=s.top_p, min_p=s.min_p, top_k=s.top_k)
-        model, tokens = self.model_provider.model, mx.array(rest)
+            "prefill_step_size": PREFILL_STEP,
+            "prompt_progress_callback": run.progress,
+            "logits_processors": _processors(asked),
+            "stats": run.stats,
+        } | _drawing(asked, tokenizer)
+        tokens = mx.array(rest)
         if self.draft_depth:
-            return mtp_generate_step(tokens, model, stream, draft_depth=self.draft_depth, **options)
-        return plain_generate_step(tokens, model, stream, **options)
+            options |= {"draft_depth": self.draft_depth, "confidence": self.confidence}
+            return mtp_generate_step(tokens, self.model, stream, **options)
+        return plain_generate_step(tokens, self.model, stream, **options)
 
-    def _say(self, ticket: Ticket, ctx: Context, steps: Any, args: Any, tokenizer: Any, matcher: Any) -> list[int]:
-        """Put pieces on the ticket until an end; returns the tokens that were drawn, which the cache now covers."""
+    def _say(self, ticket: Ticket, steps: Any, asked: Asked, most: int) -> tuple[list[int], str]:
+        """Put pieces on the ticket until an end; returns the tokens that were drawn, which the cache now covers, and
+        why they ended.
+        """
         said: list[int] = []
-        detokenizer, tail = tokenizer.detokenizer, StopText(args.stop_words)
+        ends, stop = self.tokenizer.eos_token_ids, StopText(list(asked.stop))
+        text_of = _byte_texts(self.token_bytes) if self.is_byte_level else _texts(self.tokenizer.detokenizer)
+        reason = "length"
         with contextlib.closing(steps):
             for token, logprobs, drafted in steps:
                 said.append(token)
                 if len(said) == 1:
                     self.metrics.time("first_token_seconds", time.perf_counter() - ticket.born)
-                if ticket.gone.is_set() or ctx._should_stop:
+                self._check_saying(ticket)
+                is_end, is_last = token in ends, len(said) == most
+                text = text_of(token, is_end, is_last)
+                top = _likeliest(logprobs, asked.top_logprobs)
+                if asked.logprobs:  # the tokenizer is asked in this thread only: it cannot be shared
+                    for known in (token, *(t for t, _ in top)):
+                        self.token_bytes(known)
+                for piece in stop.push(Piece(text, token, logprobs[token].item(), top, drafted, not is_end)):
+                    ticket.put(piece)
+                if is_end or stop.is_found:
+                    reason = "stop"
+                if is_end or stop.is_found or is_last or ticket.gone.is_set():
                     break
-                is_stop = matcher.advance(token) or token in tokenizer.eos_token_ids
-                is_last = len(said) == args.max_tokens
-                if token not in tokenizer.eos_token_ids:
-                    detokenizer.add_token(token)
-                if is_stop or is_last:
-                    detokenizer.finalize()
-                text = detokenizer.last_segment
-                before = tail.find(text)
-                reason = "stop" if is_stop or before is not None else "length" if is_last else None
-                top = base._format_top_logprobs(logprobs, args.top_logprobs, tokenizer)
-                piece = Piece(text, token, logprobs[token].item(), reason, top, drafted)
-                for part in _parts(piece, before):
-                    ticket.put(part)
-                if reason is not None:
-                    break
-        return said
+        for piece in stop.rest():
+            ticket.put(piece)
+        return said, reason
+
+    def _check_saying(self, ticket: Ticket) -> None:
+        """Raise `Refused` when the time for draining is over. A client that left is no error: what was said is kept."""
+        if self._abort.is_set() and not ticket.gone.is_set():
+            raise Refused(503, DRAINED, code="draining")
 
 
-def _parts(piece: Piece, before: int | None) -> Iterator[Piece]:
-    """Yield the piece; in two where a stop word begins in it, as mlx-lm drops the whole text of a last piece."""
-    if before:
-        yield Piece(piece.text[:before], piece.token, piece.logprob, None, piece.top_tokens, piece.drafted)
-    yield Piece(
-        piece.text, piece.token, piece.logprob, piece.finish_reason, piece.top_tokens, piece.drafted, not before
-    )
+def _log(error: BaseException) -> None:
+    """Tell of a failure in one line; its traceback with -vv."""
+    LOG.error("a generation failed: %s: %s", type(error).__name__, str(error)[:500].encode("unicode_escape").decode())
+    LOG.debug("where", exc_info=error)
 
 
-class StopText:
-    """Finds stop words in text that comes in pieces: mlx-lm compares tokens, and others can spell the same."""
+def _byte_texts(token_bytes: TokenBytes) -> Callable[[int, bool, bool], str]:
+    """Return the texts of tokens from their bytes, as `_texts` does."""
+    found = Detokenizer(token_bytes)
 
-    def __init__(self, words: list[str]) -> None:
-        self.words, self.text = words, ""
-        self.reach = max(map(len, words), default=1) - 1
+    def text_of(token: int, is_end: bool, is_last: bool) -> str:
+        return ("" if is_end else found.add(token)) + (found.end() if is_end or is_last else "")
 
-    def find(self, piece: str) -> int | None:
-        """Return where in `piece` the first stop word begins (0: before it, or at its start), or None."""
-        kept = len(self.text)
-        text = self.text + piece
-        places = [at for at in (text.find(word) for word in self.words) if at >= 0]
-        self.text = text[-self.reach :] if self.reach else ""
-        return max(0, min(places) - kept) if places else None
+    return text_of
+
+
+def _texts(detokenizer: Any) -> Callable[[int, bool, bool], str]:
+    """Return a function from a token to the text that it adds, by mlx-lm's detokenizer. An end token has no text."""
+
+    def text_of(token: int, is_end: bool, is_last: bool) -> str:
+        if not is_end:
+            detokenizer.add_token(token)
+        if is_end or is_last:
+            detokenizer.finalize()
+        return str(detokenizer.last_segment)
+
+    return text_of
+
+
+def _processors(asked: Asked) -> list[Any]:
+    """Return what changes logits before a token is drawn.
+
+    A penalty on the last 0 tokens is none; mlx-lm would take all tokens.
+    """
+    options: list[Any] = []
+    for kind in ("repetition", "presence", "frequency"):
+        size = int(asked.numbers[f"{kind}_context_size"])
+        options += [asked.numbers[f"{kind}_penalty"] if size else 0.0, size]
+    found: list[Any] = make_logits_processors(dict(asked.logit_bias) or None, *options)
+    return found
+
+
+def _drawing(asked: Asked, tokenizer: Any) -> dict[str, Any]:
+    """Return how tokens are drawn, as options of the decoding loops."""
+    n = asked.numbers
+    if n["xtc_probability"] <= 0:
+        sampling = Sampling(temp=n["temperature"], top_p=n["top_p"], min_p=n["min_p"], top_k=int(n["top_k"]))
+        return {"sampling": sampling}
+    return {
+        "sampler": make_sampler(
+            n["temperature"],
+            top_p=n["top_p"],
+            top_k=int(n["top_k"]),
+            min_p=n["min_p"],
+            xtc_probability=float(n["xtc_probability"]),
+            xtc_threshold=float(n["xtc_threshold"]),
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        )
+    }
+
+
+def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the `count` likeliest tokens of [V] with their log-probabilities, the likeliest first."""
+    count = min(count, logprobs.shape[0])
+    if count <= 0:
+        return ()
+    places: list[int] = mx.argpartition(-logprobs, kth=count - 1)[:count].tolist()  # type: ignore[assignment]
+    values: list[float] = logprobs[mx.array(places)].tolist()  # type: ignore[assignment]
+    return tuple(sorted(zip(places, values, strict=True), key=lambda x: (-x[1], x[0])))

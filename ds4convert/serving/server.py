@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import signal
 import socket
 import threading
@@ -16,29 +16,40 @@ from pathlib import Path
 from typing import Any
 
 from ds4convert.errors import EnvironmentFault, UsageError
-from ds4convert.generation import Warn, check_memory, finished, read_tokenizer, stop_tokens, why_no_head
+from ds4convert.generation.drafting import draft_depth
+from ds4convert.generation.open_folder import Warn, check_memory, finished, head_reason, read_tokenizer, stop_tokens
 from ds4convert.inference import load
 from ds4convert.serving import seam
-from ds4convert.serving.handler import Handler, Site
+from ds4convert.serving.http.access import Policy, origin_of
+from ds4convert.serving.http.handler import Handler, Site
 from ds4convert.serving.metrics import Metrics
 from ds4convert.serving.validation import Limits
 
 WAITING_CONNECTIONS = 128
+LAST_WORDS_SECONDS = 2.0
+"""Time that requests have to tell their clients that they were ended."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `ds4convert serve`; sizes in bytes, times in seconds."""
+    """The options of `ds4convert serve`; sizes in bytes, times in seconds.
 
-    mtp: bool = False
-    draft_depth: int = 1
+    `mtp` None: with the head where there is one. `max_tokens` None: what the context leaves. `drafter`: a folder with
+    the head to draft with. `draft_depth` None: what its kind of head drafts.
+    """
+
+    mtp: bool | None = None
+    draft_depth: int | None = None
+    confidence: float = 0.0
+    drafter: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
-    max_tokens: int = 4096
+    allowed_origin: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    default_max_tokens: int = 32768
     max_body: int = 4 * 2**20
     cache_size: int = 10
-    drain_seconds: int = 30
     temp: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -46,13 +57,30 @@ class Options:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` on a key that no client could send."""
+        """Raise `UsageError` on a key that no client could send, origins that no browser sends, and a head that is
+        named and turned off."""
+        if self.mtp is False and self.drafter is not None:
+            raise UsageError("--drafter names a head to draft with; it does not go with --no-mtp")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise UsageError("--api-key: expected printable ASCII characters")
+        for origin in self.allowed_origin:
+            origin_of(origin)
+
+    def limits(self, folder: Path, args: Any) -> Limits:
+        """Return what requests may ask for; `args` are the model's sizes."""
+        most = min(self.max_tokens or args.max_position_embeddings, args.max_position_embeddings)
+        return Limits(
+            most,
+            min(self.default_max_tokens, most),
+            args.max_position_embeddings,
+            args.vocab_size,
+            (folder.resolve().name, "default_model", str(folder), str(folder.resolve())),
+            {"temperature": self.temp, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p},
+        )
 
 
 class Server(ThreadingHTTPServer):
-    """Threads per connection; the site knows when it drains."""
+    """A thread per connection."""
 
     daemon_threads = True
     request_queue_size = WAITING_CONNECTIONS
@@ -60,26 +88,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily, site: Site) -> None:
         self.address_family = family
         self.site = site
-        self._open = 0
-        self._lock = threading.Lock()
         super().__init__(address, lambda *args, **options: Handler(site, *args, **options))
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Handle one connection, counted."""
-        self._count(1)
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._open += change
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no connection is being handled."""
-        return self._open == 0
+    def close(self) -> None:
+        """Give the port back and end the generation thread, at its next token where something runs."""
+        self.server_close()
+        self.site.decoder.stop_and_join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error of a connection in one line."""
@@ -95,39 +109,48 @@ def open_server(folder: Path, options: Options, log: Callable[[str], None], warn
     args = load.read_args(config, str(folder))
     if (doubt := seam.check_version(metadata.version("mlx-lm"))) is not None:
         warn(doubt)
-    tokenizer = seam.with_tools(read_tokenizer(folder, stop_tokens(folder, config)))
-    check_memory(folder, min(args.max_position_embeddings, 2 * options.max_tokens), options.dtype, warn)
-    model, _ = load.load_model(folder, dtype=options.dtype)
-    reason = None if model.head.present else why_no_head(folder, model, record)
-    if options.mtp and reason:
-        warn(f"--mtp has no effect: {reason}. Decoding without it")
-    is_active = options.mtp and reason is None
-    name = folder.resolve().name
-    known = frozenset({name, "default_model", str(folder), str(folder.resolve())})
-    limits = Limits(min(options.max_tokens, args.max_position_embeddings), args.max_position_embeddings, known)
-    sampling = {"temp": options.temp, "top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p}
-    cli_args = seam.server_args(folder, min(512, limits.max_tokens), sampling, options.cache_size)
+    load.stored_parameters(folder, options.drafter)  # refuses broken files before a library is loaded
+    limits = options.limits(folder, args)
+    tokenizer = read_tokenizer(folder, stop_tokens(folder, config))
+    check_memory(folder, limits.default_tokens, options.dtype, warn, options.drafter)
+    model, _ = load.load_model(folder, dtype=options.dtype, require_manifest=False, drafter=options.drafter)
+    reason = head_reason(folder, model, record, options.mtp, options.drafter, warn)
+    is_active = options.mtp is not False and reason is None
+    depth = draft_depth(model, options.draft_depth, options.confidence) if is_active else 0
     metrics = Metrics(is_active)
-    family, address = _address(options.host, options.port, warn)
-    provider = _provider(model, tokenizer, cli_args)
+    policy = Policy(options.host, options.api_key, frozenset(map(origin_of, options.allowed_origin)))
     fingerprint = f"ds4convert-{metadata.version('ds4convert')}-mlx-lm-{metadata.version('mlx-lm')}"
     page = (resources.files("ds4convert.manifests") / "pages" / "serve.html").read_bytes()
-    site = Site(None, metrics, limits, name, fingerprint, page, options.api_key, options.max_body, log)  # type: ignore[arg-type]
-    try:
-        server = Server(address, family, site)
-    except OSError as e:
-        raise EnvironmentFault(
-            f"{options.host}:{options.port}: cannot listen there: {e.strerror or e}; choose another --port or --host"
-        ) from None
-    site.decoder = seam.Decoder(provider, options.draft_depth if is_active else 0, limits.context, metrics)
+    site = Site(
+        None, metrics, limits, policy, fingerprint, page,  options.max_body, _safe(log),  # type: ignore[arg-type]
+        request_seconds=Site.request_seconds + options.max_body / 2**20, has_head=reason is None,
+    )  # fmt: skip
+    server = _listen(site, options, warn)
+    seam.keep_weights_wired()
+    confidence = options.confidence
+    site.decoder = seam.Decoder(model, tokenizer, depth, limits.context, options.cache_size, metrics, confidence)
     return server
 
 
-def _provider(model: Any, tokenizer: Any, cli_args: argparse.Namespace) -> seam.Provider:
-    from mlx_lm.utils import maybe_set_recommended_wired_limit
+def _listen(site: Site, options: Options, warn: Warn) -> Server:
+    family, address = _address(options.host, options.port, warn)
+    try:
+        return Server(address, family, site)
+    except OSError as e:
+        raise EnvironmentFault(
+            f"{options.host}:{options.port}: cannot listen there: {e.strerror or e}",
+            hint="choose another --port or --host",
+        ) from None
 
-    maybe_set_recommended_wired_limit()
-    return seam.Provider(model, tokenizer, cli_args)
+
+def _safe(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a log that never fails: the terminal may have been closed, and requests go on."""
+
+    def write(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            log(text)
+
+    return write
 
 
 def _address(host: str, port: int, warn: Warn) -> tuple[socket.AddressFamily, Any]:
@@ -151,28 +174,49 @@ def url(server: Server) -> str:
 
 
 def serve(server: Server, drain_seconds: int, log: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; then take nothing new and finish what runs, for `drain_seconds` at most."""
-    asked = threading.Event()
+    """Serve until SIGTERM, SIGINT or SIGHUP; then take nothing new and finish what runs, for `drain_seconds` at most.
+
+    What runs longer is ended at its next token, and its client told. A second signal ends all at once.
+    """
+    site, asked = server.site, threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    _take_signals(asked)
+    try:
+        thread.start()
+        while not asked.wait(0.2) and thread.is_alive() and site.decoder.is_healthy:
+            pass
+        is_broken, site.is_draining = not asked.is_set(), True
+        _safe(log)("Draining: requests that run are finished, new ones are refused")
+        is_done = is_broken or _wait_idle(server, drain_seconds)
+        site.decoder.abort()
+        if not is_done:
+            _safe(log)(f"Ending what still runs after {drain_seconds} s")
+            _wait_idle(server, LAST_WORDS_SECONDS)
+        server.shutdown()
+    finally:
+        server.close()
+    if is_broken:
+        raise EnvironmentFault("the generation thread has ended, so nothing can be served; the log says why")
+
+
+def _take_signals(asked: threading.Event) -> None:
+    """Turn the first signal into `asked`, the next one into `KeyboardInterrupt`; under nohup SIGHUP stays ignored."""
 
     def stop(number: int, frame: Any) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    while not asked.wait(0.2) and thread.is_alive() and server.site.decoder.is_healthy:
-        pass
-    is_broken = not asked.is_set()
-    server.site.is_draining = True
-    log("Draining: requests that run are finished, new ones are refused")
-    until = time.monotonic() + drain_seconds
-    while not server.is_idle and time.monotonic() < until and not is_broken:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def _wait_idle(server: Server, seconds: float) -> bool:
+    """Wait until no request runs; returns whether that came within `seconds`."""
+    until = time.monotonic() + seconds
+    while not server.site.is_idle:
+        if time.monotonic() >= until:
+            return False
         time.sleep(0.05)
-    server.shutdown()
-    server.server_close()
-    server.site.decoder.stop_and_join()  # type: ignore[no-untyped-call,unused-ignore]
-    if is_broken:
-        raise EnvironmentFault("the generation thread has ended, so nothing can be served; the log says why")
+    return True

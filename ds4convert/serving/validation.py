@@ -1,48 +1,71 @@
-"""What a request may say: a table of fields, checked before mlx-lm's server sees the body.
+"""What a request may say: a table of fields, checked before anything is decoded.
 
-Only fields of the table go on. Fields of other hosts are left out, as OpenAI's clients send many; those whose meaning
-cannot be honoured are refused rather than ignored.
+Only fields of the table count. Fields of other hosts are left out, as OpenAI's clients send many; those whose meaning
+cannot be honoured are refused rather than ignored. A number of new tokens is different: no client can know what the
+context leaves, so more than that means all of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ds4convert import strictjson
+from ds4convert.checkpoint.types import JSON
 from ds4convert.errors import InputError
-from ds4convert.types import JSON
+from ds4convert.serving import history, thinking
+from ds4convert.serving.history import shown
+from ds4convert.serving.refused import Refused
+from ds4convert.storage import strict_json
 
 CHAT, TEXT = "chat", "text"
-ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-TEMPLATE_FIELDS = ("enable_thinking", "thinking", "thinking_mode", "reasoning_effort", "drop_thinking")
-MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP = 16, 1000, 10
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP, MAX_TOP_OF_TEXT = 64, 1000, 20, 10
+MAX_PROMPTS = 128
 MAX_SEED = 2**63 - 1
+GREEDY_BELOW = 0.01
+"""Temperatures below mean greedy: clients send them where a host takes no 0, and logits divided by less overflow."""
 
-
-class Refused(Exception):
-    """A request that is not answered: HTTP status, message, and the field at fault."""
-
-    def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.field, self.code = status, message, field, code
-
-    def as_json(self) -> JSON:
-        """Return the body of the response, in OpenAI's form."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+Prompt = str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server allows: most new tokens of a request, tokens of the model's context, names of the model."""
+    """What the server allows: most new tokens of a request and those of one that names none, tokens of the model's
+    context, size of its vocabulary, names of the model (the first is the one that is told), sampling by default.
+    """
 
     max_tokens: int
+    default_tokens: int
     context: int
-    models: frozenset[str]
+    vocabulary: int
+    names: tuple[str, ...]
+    sampling: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be decoded. A chat has messages; a text has one prompt or several, each a text or token ids.
+
+    `template` holds variables of the chat template; `numbers` are fields of sampling and penalties by their names.
+    """
+
+    kind: str
+    max_tokens: int
+    numbers: Mapping[str, float]
+    prompts: tuple[Prompt, ...] = ()
+    messages: tuple[JSON, ...] = ()
+    tools: tuple[JSON, ...] = ()
+    parallel_calls: bool = True
+    template: JSON = field(default_factory=dict)
+    tells_reasoning: bool = True
+    stream: bool = False
+    tells_usage: bool = False
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 Check = Callable[[Any], bool]
@@ -58,6 +81,11 @@ def _whole(low: int, high: int) -> Check:
 
 def _is_flag(value: Any) -> bool:
     return type(value) is bool
+
+
+def _is_penalty(value: Any) -> bool:
+    """Whether logits can be multiplied and divided by it; 0 is mlx-lm's word for off."""
+    return _number(0.1, 10)(value) or (value == 0 and type(value) in (int, float))
 
 
 def _is_stop(value: Any) -> bool:
@@ -82,42 +110,32 @@ def _is_usage_option(value: Any) -> bool:
     return isinstance(value, dict) and _is_flag(value.get("include_usage", False))
 
 
-def _is_template_choice(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        k in TEMPLATE_FIELDS and isinstance(v, str | bool | None) for k, v in value.items()
-    )
-
-
-def _is_tools(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(t, dict) and isinstance(t.get("function", t), dict) for t in value
-    )
-
+NUMBERS: dict[str, tuple[Check, str, float]] = {
+    "temperature": (_number(0, 100), "a number from 0 (greedy) to 100", 0.0),
+    "top_p": (_number(0, 1), "a number from 0 to 1", 1.0),
+    "top_k": (_whole(0, 2**31 - 1), "a whole number, 0 (off) or more", 0),
+    "min_p": (_number(0, 1), "a number from 0 to 1", 0.0),
+    "repetition_penalty": (_is_penalty, "0 (off), or a number from 0.1 to 10", 0.0),
+    "repetition_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
+    "presence_penalty": (_number(-2, 2), "a number from -2 to 2", 0.0),
+    "presence_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
+    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2", 0.0),
+    "frequency_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
+    "xtc_probability": (_number(0, 1), "a number from 0 to 1", 0.0),
+    "xtc_threshold": (_number(0, 0.5), "a number from 0 to 0.5", 0.1),
+}  # fmt: skip
+"""Sampling and penalties: what is taken, and what stands where a request says nothing."""
 
 FIELDS: dict[str, tuple[Check, str]] = {
     "stream": (_is_flag, "true or false"),
     "stream_options": (_is_usage_option, 'an object such as {"include_usage": true}'),
-    "temperature": (_number(0, 100), "a number from 0 (greedy) to 100"),
-    "top_p": (_number(0, 1), "a number from 0 to 1"),
-    "top_k": (_whole(0, 2**31 - 1), "a whole number, 0 (off) or more"),
-    "min_p": (_number(0, 1), "a number from 0 to 1"),
-    "repetition_penalty": (_number(0, 100), "a number from 0 (off) to 100"),
-    "repetition_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000"),
-    "presence_penalty": (_number(-100, 100), "a number from -100 to 100"),
-    "presence_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000"),
-    "frequency_penalty": (_number(-100, 100), "a number from -100 to 100"),
-    "frequency_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000"),
-    "xtc_probability": (_number(0, 1), "a number from 0 to 1"),
-    "xtc_threshold": (_number(0, 0.5), "a number from 0 to 0.5"),
+    "parallel_tool_calls": (_is_flag, "true, or false for one call at most"),
     "logit_bias": (_is_bias, "an object of token ids to numbers"),
     "top_logprobs": (_whole(0, MAX_TOP), f"a whole number from 0 to {MAX_TOP}"),
     "seed": (_whole(-MAX_SEED, MAX_SEED), "a whole number of 63 bits"),
     "stop": (_is_stop, f"a text or a list of at most {MAX_STOPS} texts, none of them empty"),
-    "chat_template_kwargs": (_is_template_choice, f"an object with some of {', '.join(TEMPLATE_FIELDS)}"),
-    "reasoning_effort": (lambda v: v in EFFORTS, f"one of {', '.join(EFFORTS)}"),
-    "tools": (_is_tools, "a list of functions"),
-}  # fmt: skip
-"""Fields that both kinds of request may have, null or absent meaning the default."""
+}
+"""Other fields that both kinds of request may have, null or absent meaning the default."""
 
 REFUSED: dict[str, tuple[Check, str]] = {
     "n": (lambda v: v == 1 and type(v) is int, "1: this server makes one choice"),
@@ -126,6 +144,8 @@ REFUSED: dict[str, tuple[Check, str]] = {
     "suffix": (lambda v: v == "", "nothing: there is no text after the gap"),
     "adapters": (lambda v: False, "nothing: this server has no adapters"),
     "draft_model": (lambda v: False, "nothing: the drafts come from the model's own head"),
+    "functions": (lambda v: v == [], "nothing: functions are declared as `tools`"),
+    "function_call": (lambda v: v in ("auto", "none"), '"auto" or "none": a call cannot be forced'),
     "response_format": (
         lambda v: isinstance(v, dict) and v.get("type") == "text",
         'the type "text": output is not constrained to a schema',
@@ -138,28 +158,39 @@ REFUSED: dict[str, tuple[Check, str]] = {
 """Fields that mean something which this server cannot do, and the value that asks for nothing."""
 
 
-def parse(raw: bytes, kind: str, limits: Limits) -> JSON:
-    """Return the body that mlx-lm's server gets. Raises `Refused` with 400, 404 or 422."""
+def parse(raw: bytes, kind: str, limits: Limits) -> Asked:
+    """Return what a body asks for. Raises `Refused` with 400, 404 or 422."""
     try:
-        body = strictjson.loads(raw, "the request body")
+        body = strict_json.loads(raw, "the request body", is_file=False)
     except InputError as e:
         raise Refused(400, str(e), code="invalid_json") from None
     if not isinstance(body, dict):
         raise Refused(400, "the request body: expected a JSON object", code="invalid_json")
     _check_model(body.get("model"), limits)
-    for name, (check, wanted) in REFUSED.items():
+    for name, (check, wanted) in (REFUSED | FIELDS).items():
         _check(body, name, check, wanted)
-    clean = {name: body[name] for name, (check, wanted) in FIELDS.items() if _check(body, name, check, wanted)}
-    clean |= _max_tokens(body, limits) | _logprobs(body, kind)
-    if "stream_options" in clean:
-        clean["stream_options"] = {"include_usage": clean["stream_options"].get("include_usage", False)}
-    for name in ("xtc_probability", "xtc_threshold"):
-        clean |= {name: float(clean[name])} if name in clean else {}
-    if (effort := clean.pop("reasoning_effort", None)) is not None:
-        clean["chat_template_kwargs"] = {"reasoning_effort": effort} | clean.get("chat_template_kwargs", {})
-    if body.get("tool_choice") == "none":
-        clean.pop("tools", None)
-    return clean | (_messages(body) if kind == CHAT else _prompt(body))
+    options, (template, tells) = body.get("stream_options") or {}, thinking.read(body)
+    logprobs, top = _logprobs(body, kind)
+    stop = body.get("stop") or []
+    tools = history.tools(body["tools"]) if body.get("tools") is not None else []
+    return Asked(
+        kind,
+        _max_tokens(body, limits),
+        _numbers(body, limits),
+        prompts=_prompts(body.get("prompt"), limits) if kind == TEXT else (),
+        messages=tuple(history.read(body)) if kind == CHAT else (),
+        tools=() if body.get("tool_choice") == "none" else tuple(tools),
+        parallel_calls=body.get("parallel_tool_calls") is not False,
+        template=template,
+        tells_reasoning=tells,
+        stream=bool(body.get("stream")),
+        tells_usage=bool(options.get("include_usage")),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=logprobs,
+        top_logprobs=top,
+        seed=body.get("seed"),
+        logit_bias=_bias(body, limits),
+    )
 
 
 def _check(body: JSON, name: str, check: Check, wanted: str) -> bool:
@@ -168,7 +199,7 @@ def _check(body: JSON, name: str, check: Check, wanted: str) -> bool:
     if value is None:
         return False
     if not check(value):
-        raise Refused(422, f"{name}: expected {wanted}, found {_shown(value)}", name)
+        raise Refused(422, f"{name}: expected {wanted}, found {shown(value)}", name)
     return True
 
 
@@ -176,70 +207,70 @@ def _check_model(name: Any, limits: Limits) -> None:
     if name is None:
         return
     if not isinstance(name, str):
-        raise Refused(422, f"model: expected a text, found {_shown(name)}", "model")
-    if name not in limits.models:
-        known = ", ".join(sorted(limits.models))
-        raise Refused(404, f"model: {_shown(name)} is not served here; known: {known}", "model", "model_not_found")
+        raise Refused(422, f"model: expected a text, found {shown(name)}", "model")
+    if name not in limits.names:
+        told = f"model: {shown(name)} is not served here; known: {limits.names[0]}"
+        raise Refused(404, told, "model", "model_not_found")
 
 
-def _max_tokens(body: JSON, limits: Limits) -> JSON:
+def _max_tokens(body: JSON, limits: Limits) -> int:
+    """Return how many new tokens are wanted at most. -1 is LM Studio's and llama.cpp's word for no bound."""
+    wanted = "a whole number from 1 on, or -1 for as many as the context leaves"
     for name in ("max_completion_tokens", "max_tokens"):
-        if _check(body, name, _whole(1, limits.max_tokens), f"a whole number from 1 to {limits.max_tokens:,}"):
-            return {"max_tokens": body[name]}
-    return {}
+        _check(body, name, lambda v: _whole(1, MAX_SEED)(v) or (type(v) is int and v == -1), wanted)
+    found = body.get("max_completion_tokens")
+    found = body.get("max_tokens") if found is None else found
+    found = limits.default_tokens if found is None else limits.max_tokens if found < 0 else int(found)
+    return min(found, limits.max_tokens)
 
 
-def _logprobs(body: JSON, kind: str) -> JSON:
-    """Return the fields as chats have them: a number of likeliest tokens is the older form of text completions."""
-    value = body.get("logprobs")
+def _numbers(body: JSON, limits: Limits) -> dict[str, float]:
+    out = {name: limits.sampling.get(name, default) for name, (_, _, default) in NUMBERS.items()}
+    for name, (check, wanted, _) in NUMBERS.items():
+        if _check(body, name, check, wanted):
+            out[name] = body[name]
+    if out["temperature"] < GREEDY_BELOW or body.get("top_p") == 0:  # of the likeliest share 0 one token is left
+        out["temperature"] = 0.0
+    return out
+
+
+def _bias(body: JSON, limits: Limits) -> dict[int, float]:
+    bias = {int(k): float(v) for k, v in (body.get("logit_bias") or {}).items()}
+    if bias and max(bias) >= limits.vocabulary:
+        told = f"logit_bias: expected token ids below {limits.vocabulary:,}, found {max(bias)}"
+        raise Refused(422, told, "logit_bias")
+    return bias
+
+
+def _logprobs(body: JSON, kind: str) -> tuple[bool, int]:
+    """Return whether log-probabilities are told, and of how many others: the older form of texts is that number."""
+    value, top = body.get("logprobs"), body.get("top_logprobs") or 0
     if kind == TEXT and type(value) is int:
-        if not 0 <= value <= MAX_TOP:
-            raise Refused(422, f"logprobs: expected 0 to {MAX_TOP}, found {value}", "logprobs")
-        return {"logprobs": True, "top_logprobs": value} if value else {"logprobs": True}
-    return {"logprobs": value} if _check(body, "logprobs", _is_flag, "true or false") else {}
+        if not 0 <= value <= MAX_TOP_OF_TEXT:
+            raise Refused(422, f"logprobs: expected 0 to {MAX_TOP_OF_TEXT}, found {value}", "logprobs")
+        return True, max(value, top)
+    _check(body, "logprobs", _is_flag, "true or false")
+    wanted = bool(top) if value is None else value
+    return wanted, top if wanted else 0
 
 
-def _prompt(body: JSON) -> JSON:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
-        raise Refused(422, f"prompt: expected a text that is not empty, found {_shown(body.get('prompt'))}", "prompt")
-    return {"prompt": prompt}
+def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
+    """Return the prompts: one text, one list of token ids, or a list of either."""
+    if isinstance(value, list) and any(isinstance(p, str | list) for p in value):
+        if len(value) > MAX_PROMPTS:
+            raise Refused(422, f"prompt: expected at most {MAX_PROMPTS} prompts, found {len(value):,}", "prompt")
+        return tuple(_one_prompt(p, f"prompt[{n}]", limits) for n, p in enumerate(value))
+    return (_one_prompt(value, "prompt", limits),)
 
 
-def _messages(body: JSON) -> JSON:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refused(422, f"messages: expected a list that is not empty, found {_shown(messages)}", "messages")
-    return {"messages": [_message(m, f"messages[{n}]") for n, m in enumerate(messages)]}
-
-
-def _message(message: Any, where: str) -> JSON:
-    if not isinstance(message, dict):
-        raise Refused(422, f"{where}: expected an object, found {_shown(message)}", where)
-    if message.get("role") not in ROLES:
-        role = _shown(message.get("role"))
-        raise Refused(422, f"{where}.role: expected one of {', '.join(ROLES)}, found {role}", f"{where}.role")
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(content, str | list | None) or not all(map(_is_text_part, parts)):
-        raise Refused(
-            422,
-            f"{where}.content: expected a text or a list of text parts, found {_shown(content)}",
-            f"{where}.content",
-        )
-    calls = message.get("tool_calls")
-    if calls is not None and not _is_tools(calls):
-        raise Refused(
-            422, f"{where}.tool_calls: expected a list of calls, found {_shown(calls)}", f"{where}.tool_calls"
-        )
-    return {k: v for k, v in message.items() if v is not None}
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else strictjson.show(repr(value)[:400], 80)
+def _one_prompt(value: Any, where: str, limits: Limits) -> Prompt:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value:
+        wanted = "a text, or a list of token ids, that is not empty, or a list of those"
+        raise Refused(422, f"{where}: expected {wanted}, found {shown(value)}", "prompt")
+    for n, token in enumerate(value):
+        if type(token) is not int or not 0 <= token < limits.vocabulary:
+            wanted = f"a token id below {limits.vocabulary:,}"
+            raise Refused(422, f"{where}[{n}]: expected {wanted}, found {shown(token)}", "prompt")
+    return tuple(value)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds4convert import measure
-from ds4convert.config import named_config, parse_config
+from ds4convert.checkpoint.config import named_config, parse_config
+from ds4convert.checkpoint.inventory import Inventory, expected
 from ds4convert.errors import UsageError
-from ds4convert.fit import Optimiser, Option, hull
+from ds4convert.fit import format_errors
+from ds4convert.fit.optimiser import Optimiser, Option, hull
 from ds4convert.formats.codecs import CODECS
-from ds4convert.inventory import Inventory, expected
 from tests import support_run as s
 
 GB = 10**9
@@ -31,13 +31,14 @@ def flash() -> Inventory:
 
 @pytest.fixture(scope="module")
 def options(flash: Inventory) -> dict[Any, list[Option]]:
-    return measure.options(flash, measure.imagined("nearest"))
+    return format_errors.options(flash, format_errors.imagined("nearest"))
 
 
 def planned(*words: str | Path, exit_code: int = 0) -> dict[str, Any]:
     return json.loads(s.cli("plan", *words, "--json", exit_code=exit_code).stdout)
 
 
+@pytest.mark.slow
 def test_for_twenty_sizes_of_flash_the_bytes_hold_and_the_error_falls(options: dict[Any, list[Option]]) -> None:
     optimiser = Optimiser(options)
     low, high = optimiser.size, optimiser.sizes()[-1][0]
@@ -53,6 +54,7 @@ def test_for_twenty_sizes_of_flash_the_bytes_hold_and_the_error_falls(options: d
     assert all(b < a for a, b in itertools.pairwise(errors)) and errors[-1] == 0
 
 
+@pytest.mark.slow
 def test_no_single_format_of_at_most_the_same_size_has_less_error(options: dict[Any, list[Option]]) -> None:
     optimiser, seen = Optimiser(options), 0
     for name in CODECS:
@@ -75,7 +77,7 @@ def units(draw: st.DrawFn) -> dict[Any, list[Option]]:
 
 
 @given(units(), st.integers(0, 240))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_gap_bounds_what_any_choice_could_have_less(made: dict[Any, list[Option]], limit: int) -> None:
     least = sum(min(o.size for o in found) for found in made.values())
     if limit < least:
@@ -102,6 +104,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return s.tiny(tmp_path_factory.mktemp("fit") / "source")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_fitted_converted_and_verified(source: Path, tmp_path: Path) -> None:
     whole = planned(source, "--fit", "1GB")["fit"]
     target = whole["cache_bytes"] + whole["working_bytes"] + int(whole["weights_bytes"] * 0.93)
@@ -119,11 +122,13 @@ def test_a_checkpoint_is_measured_fitted_converted_and_verified(source: Path, tm
     assert "other size" in told and "working set" in told and "no choice of this size has less" in told
 
 
+@pytest.mark.slow
 def test_more_context_leaves_less_for_weights() -> None:
     short, long = (planned("--config", "flash", "--fit", "100GB", "--context", n)["fit"] for n in ("1000", "1000000"))
     assert long["cache_bytes"] > short["cache_bytes"] and long["weights_bytes"] < short["weights_bytes"]
 
 
+@pytest.mark.slow
 def test_a_size_below_the_smallest_possible_says_which_that_is() -> None:
     told = s.cli("plan", "--config", "flash", "--fit", "30GB", exit_code=2).stderr
     smallest = told.split("--fit ")[-1].split(" ")[0]
@@ -144,6 +149,7 @@ def test_contradictions_are_wrong_usage(words: list[str], says: str) -> None:
     assert says in s.cli("plan", "--config", "flash", *words, exit_code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_head_keeps_its_precision_when_a_model_is_fitted() -> None:
     groups = {g["name"]: g["formats"] for g in planned("--config", "flash", "--fit", "100GB")["groups"]}
     assert groups["mtp.experts"] == ["mxfp4"]

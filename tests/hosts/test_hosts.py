@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ds4convert.layouts import layouts
+from ds4convert.planning.layouts import layouts
 from tests import support_run as s
 
 mx = pytest.importorskip("mlx.core")
@@ -26,6 +26,7 @@ HOSTS: dict[str, dict[str, str]] = {
     "mtplx": {"mlx-vlm": "", "MTPLX": "own"},
     "vlm": {"mlx-vlm": "mtp"},
     "mlx-lm": {},
+    "omlx": {},
 }
 INSTALLABLE = {"mlx-vlm", "MTPLX"}
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -133,6 +134,7 @@ def test_the_layout_files_name_the_hosts_that_are_tried_here() -> None:
                 assert stated[host].endswith("DIR/mtp")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["native", "bf16"])
 @pytest.mark.parametrize("layout", [n for n, h in HOSTS.items() if "mlx-vlm" in h])
 def test_mlx_vlm_loads_backbone_and_drafter_with_the_source_values(
@@ -149,6 +151,7 @@ def test_mlx_vlm_loads_backbone_and_drafter_with_the_source_values(
         assert_same(seen(model), drafter(wanted))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["native", "bf16"])
 @pytest.mark.parametrize("layout", [n for n, h in HOSTS.items() if "MTPLX" in h])
 def test_mtplx_loads_backbone_and_head_with_the_source_values(
@@ -201,7 +204,7 @@ def test_the_confidence_head_of_a_dspark_drafter_is_kept(dspark: Path, tmp_path:
         assert np.array_equal(s.source_value(s.stored(below), name), want)
 
 
-@pytest.mark.parametrize("layout", sorted(HOSTS))
+@pytest.mark.parametrize("layout", sorted(n for n in HOSTS if not layouts()[n].named_only))
 def test_a_folder_without_its_head_loads_and_promises_none(layout: str, tmp_path: Path) -> None:
     source, out = s.CHECKPOINTS[0], tmp_path / "mlx"
     s.run(source, out, layout=layout, keep_mtp=False)
@@ -255,6 +258,7 @@ def golden(
     return out, table
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.slow
 def test_hosts_give_the_reference_logits_of_backbone_and_head(golden: tuple[Path, dict[str, np.ndarray]]) -> None:
     """One-shot prefill with a cache; weights as stored, activations in fp32, as the reference has it."""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from golden_data import build, config
 from mlx.utils import tree_flatten
+
+from tests.inference.golden_data import build, config
 
 MANIFEST = "ds4convert_manifest.json"
 HC = [f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")]

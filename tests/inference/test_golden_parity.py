@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from golden_data import (
+
+from tests.inference.golden_data import (
     HIDDEN_TOLERANCE,
     LOGIT_TOLERANCE,
     NAMES,
@@ -15,6 +16,7 @@ from golden_data import (
     max_diff,
     model,
 )
+from tests.support import combined, nightly
 
 CASES = [(name, i) for name in NAMES for i in PROMPTS]
 
@@ -68,19 +70,27 @@ def check_all_keys(m, data: dict[str, mx.array], i: int, chunk: int, step: int) 
     return differences
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_one_shot_prefill_and_one_token_decode_match_every_key(name: str, i: int) -> None:
     differences = check_all_keys(model(name), golden(name), i, chunk=1 << 20, step=1)
     assert max(differences.values()) < 5e-5, differences
 
 
-@pytest.mark.parametrize("chunk", [2, 3, 5, 64, 129])
-@pytest.mark.parametrize(("name", "i"), CASES)
+CHUNKS_ALWAYS = {(0, 5), (2, 2), (2, 5), (2, 64)}
+"""Prompts and chunk sizes that run on every change: the shortest and the longest prompt, sizes around a ratio of 4."""
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    ("name", "i", "chunk"),
+    combined(NAMES, PROMPTS, [2, 3, 5, 64, 129], is_repetition=lambda name, *case: case not in CHUNKS_ALWAYS),
+)
 def test_chunked_prefill_and_multi_token_decode_match_every_key(name: str, i: int, chunk: int) -> None:
     check_all_keys(model(name), golden(name), i, chunk, step=min(chunk, 7))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", nightly(NAMES, lambda name: name != NAMES[0]))
 def test_prompt_fed_token_by_token_matches_every_key(name: str) -> None:
     check_all_keys(model(name), golden(name), 1, chunk=1, step=1)
 
@@ -90,6 +100,7 @@ def test_repacked_weights_match_every_key_without_dequantizing(name: str) -> Non
     check_all_keys(build(name, dense=False), golden(name), 1, chunk=64, step=3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_trace_shows_hidden_states_experts_and_entries_of_the_last_position(name: str, i: int) -> None:
     m, g = model(name), golden(name)

@@ -6,11 +6,10 @@ import math
 
 import mlx.core as mx
 import pytest
-from golden_data import NAMES, build, max_diff
 
-from ds4convert.inference.attention import Indexer
-from ds4convert.inference.config import ModelArgs
-from ds4convert.inference.layers import (
+from ds4convert.inference.deepseek_v4.attention import Indexer
+from ds4convert.inference.deepseek_v4.config import ModelArgs
+from ds4convert.inference.deepseek_v4.layers import (
     Rope,
     SwitchLinear,
     fused_sinkhorn,
@@ -19,6 +18,7 @@ from ds4convert.inference.layers import (
     sinkhorn,
     swiglu,
 )
+from tests.inference.golden_data import NAMES, build, max_diff
 
 
 def test_rotation_turns_interleaved_pairs_of_the_last_columns_and_back() -> None:

@@ -7,14 +7,19 @@ import itertools
 
 import mlx.core as mx
 import pytest
-from golden_data import LOGIT_TOLERANCE, NAMES, PROMPTS, build, golden, max_diff, model
 
 from ds4convert.inference.decode import DecodeStats, mtp_generate_step, plain_generate_step
 from ds4convert.inference.sampling import Sampling
+from tests.inference.golden_data import LOGIT_TOLERANCE, NAMES, PROMPTS, build, golden, max_diff, model
+from tests.support import combined
 
 SHORT = 64
 LENGTHS = [SHORT, pytest.param(500, marks=pytest.mark.nightly)]
 """500 tokens of one checkpoint at every depth are in tests/demo, on each change."""
+
+
+ENDS = combined(NAMES, [1, 4], is_repetition=lambda name, depth: name != NAMES[0] and depth == 1)
+"""The smallest and the largest depth."""
 
 
 @functools.cache
@@ -49,9 +54,12 @@ def run(m, name: str, depth: int, length: int = SHORT, **options) -> tuple[list[
     return [token for token, _, _ in steps], stats
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    combined(NAMES, [1, 2, 3, 4], is_repetition=lambda name, depth: name != NAMES[0] and depth in (2, 3)),
+)
 def test_greedy_tokens_equal_plain_decoding(name: str, depth: int, length: int) -> None:
     tokens, stats = run(model(name), name, depth, length)
     assert tokens == plain(name, length)
@@ -61,18 +69,18 @@ def test_greedy_tokens_equal_plain_decoding(name: str, depth: int, length: int) 
     assert min(stats.backbone_seconds, stats.head_seconds, stats.other_seconds) > 0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "depth"), ENDS)
 def test_greedy_tokens_survive_a_head_that_is_always_wrong(name: str, depth: int, length: int) -> None:
     tokens, stats = run(OtherHead(model(name), lambda logits, t: -logits), name, depth, length)
     assert tokens == plain(name, length)
     assert stats.accepted <= 2
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "depth"), ENDS)
 def test_greedy_tokens_survive_a_head_that_is_always_right(name: str, depth: int, length: int) -> None:
     line = mx.concatenate([golden(name)["p1.input_ids"], mx.array(plain(name, length) + [0] * 10)])
 
@@ -96,7 +104,7 @@ def test_head_with_exchanged_norms_changes_no_token(name: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize(("name", "i"), [(name, i) for name in NAMES for i in PROMPTS])
+@pytest.mark.parametrize(("name", "i"), combined(NAMES, PROMPTS, is_repetition=lambda name, i: i < 2))
 def test_verified_rows_are_the_golden_rows(name: str, i: int, depth: int) -> None:
     """Log-probabilities that leave the loop, accepted or not, are those of one-token decoding; so is the
     state.

@@ -144,7 +144,7 @@ def test_first_and_second_tokens_are_distributed_as_without_drafts(settings: Sam
     assert min(p_first, p_second) > 0.01
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize(
     "settings",
     [Sampling(temp=1.0, min_p=0.1), Sampling(temp=1.3, top_k=4), Sampling(temp=1.0, top_p=0.9)],
@@ -164,7 +164,9 @@ def test_every_transition_of_long_runs_is_distributed_as_without_drafts(settings
     assert worst > 0.01 / VOCAB
 
 
-@pytest.mark.parametrize("rule", ["accept all", "resample from p", "greedy drafts judged by p/q"])
+@pytest.mark.parametrize(
+    "rule", [pytest.param("accept all", marks=pytest.mark.nightly), "resample from p", "greedy drafts judged by p/q"]
+)
 def test_wrong_acceptance_rule_is_found_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mx.random.seed(7)
     settings = Sampling(temp=1.0)
@@ -217,4 +219,4 @@ def test_temperature_zero_is_greedy() -> None:
 def test_chi_square_tail_agrees_with_known_values() -> None:
     for x, degrees, tail in [(3.841, 1, 0.05), (11.070, 5, 0.05), (18.307, 10, 0.05), (6.635, 1, 0.01)]:
         assert chi_square_tail(x, degrees) == pytest.approx(tail, abs=2e-4)
-    assert decode.MAX_DRAFT_DEPTH == 8
+    assert (decode.MAX_DRAFT_DEPTH, decode.MAX_BLOCK_DEPTH) == (8, 16)

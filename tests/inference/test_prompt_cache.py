@@ -7,9 +7,9 @@ import functools
 
 import mlx.core as mx
 import pytest
-from golden_data import golden, model
 
 from ds4convert.inference.decode import DecodeStats, fill_cache, level_cache, mtp_generate_step, plain_generate_step
+from tests.inference.golden_data import golden, model
 
 NAME = "tiny-a"
 LENGTH = 12

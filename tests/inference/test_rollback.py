@@ -7,12 +7,13 @@ import random
 
 import mlx.core as mx
 import pytest
-from golden_data import NAMES, golden, max_diff, model
 
-from ds4convert.inference.cache import SPARE, HeadCache, LayerCache, Ring
+from ds4convert.inference.deepseek_v4.cache import SPARE, HeadCache, LayerCache, Ring
+from tests.inference.golden_data import NAMES, golden, max_diff, model
+from tests.support import nightly
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", nightly(range(6), lambda seed: seed in (1, 2, 4)))
 @pytest.mark.parametrize("name", NAMES)
 def test_random_take_backs_equal_a_fresh_prefill(name: str, seed: int) -> None:
     m, rng = model(name), random.Random(seed)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from folders import edit_config, write, write_tokenizer
-from golden_data import GOLDEN, NAMES, config, golden, max_diff, model
 
 from ds4convert.inference.single_file import single_file_source
-from ds4convert.layouts import layout_of
+from ds4convert.planning.layouts import layout_of
+from tests.inference.folders import edit_config, write, write_tokenizer
+from tests.inference.golden_data import BLOCK, GOLDEN, NAMES, config, golden, max_diff, model
+from tests.support import die_with_parent
 
 NAME = NAMES[0]
 FILE_NAME = layout_of("mlx-lm").model_file
@@ -80,6 +81,21 @@ def test_official_folder_loads_in_stock_mlx_lm(tmp_path: Path) -> None:
     assert max_diff(loaded(ids)[0], golden(NAME)["p1.logits"]) < 2e-4
 
 
+@pytest.mark.parametrize("name", BLOCK)
+def test_a_dspark_head_is_loaded_by_stock_mlx_lm_and_drafts_the_official_logits(name: str, tmp_path: Path) -> None:
+    for file in (GOLDEN / name / "checkpoint").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / FILE_NAME).write_text(single_file_source())
+    edit_config(tmp_path, model_file=FILE_NAME)
+    loaded, _ = mlx_lm.utils.load_model(tmp_path, trust_remote_code=True)
+    loaded.set_compute_dtype(mx.float32)
+    g, head = golden(name), loaded.make_mtp_cache()
+    logits = loaded(g["p1.input_ids"][None], cache=loaded.make_cache() + head)
+    block = loaded.draft_block(g["p1.greedy_ids"][0].item(), head)
+    assert max_diff(logits[0], g["p1.logits"]) < 1e-4
+    assert max_diff(block.base, g["p1.draft_base_logits"][0]) < 1e-4
+
+
 def test_prompt_cache_of_mlx_lm_continues_exactly(folder: Path) -> None:
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
@@ -124,7 +140,7 @@ def ask(port: int, body: dict) -> dict:
 def test_stock_server_answers_twice(folder: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--trust-remote-code"]
-    server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL, preexec_fn=die_with_parent)
     loaded, tokenizer = mlx_lm.load(str(folder), trust_remote_code=True)
     prompt = words(golden(NAME)["p0.input_ids"].tolist())
     wanted = mlx_lm.generate(loaded, tokenizer, prompt, max_tokens=12)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from golden_data import max_diff
 
-from ds4convert.inference.config import ModelArgs
-from ds4convert.inference.deepseek_v4 import Model
+from ds4convert.inference.deepseek_v4.config import ModelArgs
+from ds4convert.inference.deepseek_v4.model import Model
+from tests.inference.golden_data import max_diff
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,6 @@ import email
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import support
 from tests import support_run as s
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,8 @@ build = pytest.importorskip("build")
 
 def call(*words: str | Path, cwd: Path, exit_code: int = 0) -> str:
     """Run a program with nothing of this tree on its path and return what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
+    proxies = {k: v for k, v in support.OUTSIDE.items() if k.lower().endswith("_proxy")}  # pip may need them
+    env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}} | proxies
     done = subprocess.run([*map(str, words)], cwd=cwd, env=env, text=True, capture_output=True)
     assert done.returncode == exit_code, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -65,7 +66,7 @@ def environment(at: Path) -> Path:
     """Return the Python of a new environment without ds4convert, which sees the dependencies of this one."""
     venv.create(at, with_pip=False, symlinks=True)
     (packages,) = at.glob("lib/python*/site-packages")
-    here = [p for p in [*site.getsitepackages(), site.getusersitepackages()] if Path(p).is_dir()]
+    here = [p for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
     (packages / "dependencies.pth").write_text("\n".join(here) + "\n")
     return at / "bin" / "python"
 

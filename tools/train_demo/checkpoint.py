@@ -25,7 +25,7 @@ def read(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         raw |= load_file(folder / shard)
     if set(raw) != set(index["weight_map"]):
         raise ValueError(f"index and shards differ: {sorted(set(raw) ^ set(index['weight_map']))[:5]}")
-    weights = {t.name: _decode(raw, t.name, t.kind, cfg.experts) for t in inventory(cfg)}
+    weights = {t.name: decode(raw, t.name, t.kind, cfg.experts) for t in inventory(cfg)}
     if raw:
         raise ValueError(f"tensors without a place: {sorted(raw)[:5]}")
     for t in inventory(cfg):
@@ -34,7 +34,7 @@ def read(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     return cfg, weights
 
 
-def _decode(raw: dict[str, Tensor], name: str, kind: Kind, experts: int) -> Tensor:
+def decode(raw: dict[str, Tensor], name: str, kind: Kind, experts: int) -> Tensor:
     """Take one tensor (or one stack of experts) out of `raw`."""
     if kind is Kind.FP4:
         parts = [expert_name(name, e) for e in range(experts)]
@@ -61,7 +61,7 @@ def on_grid(weight: Tensor, kind: Kind) -> Tensor:
     return rounding[kind](weight) if kind in rounding else weight
 
 
-def _encode(name: str, kind: Kind, weight: Tensor) -> dict[str, Tensor]:
+def encode(name: str, kind: Kind, weight: Tensor) -> dict[str, Tensor]:
     """On-disk tensors of one inventory row."""
     if kind is Kind.FP4:
         encoded = {expert_name(name, e): grids.encode_fp4(part) for e, part in enumerate(weight)}
@@ -80,7 +80,7 @@ def write(folder: Path, cfg: Config, weights: Mapping[str, Tensor], shards: int)
     of about equal size.
     """
     groups: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    encoded = [(t.name, _encode(t.name, t.kind, weights[t.name].detach().contiguous())) for t in inventory(cfg)]
+    encoded = [(t.name, encode(t.name, t.kind, weights[t.name].detach().contiguous())) for t in inventory(cfg)]
     total_backbone = sum(_nbytes(tensors) for name, tensors in encoded if not name.startswith("mtp."))
     done = 0
     for name, tensors in encoded:

@@ -128,16 +128,17 @@ def inventory(cfg: Config) -> list[Tensor]:
     return [
         Tensor("embed.weight", (cfg.vocab, cfg.dim), Kind.BF16),
         *(tensor for prefix, ratio in cfg.blocks() if prefix.startswith("layers") for tensor in
-          _block(cfg, prefix, ratio)),
-        *_hyper_head(cfg, ""),
+          block_rows(cfg, prefix, ratio)),
+        *hyper_head_rows(cfg, ""),
         Tensor("norm.weight", (cfg.dim,), Kind.BF16),
         Tensor("head.weight", (cfg.vocab, cfg.dim), Kind.BF16),
         *(tensor for prefix, ratio in cfg.blocks() if prefix.startswith("mtp") for tensor in
-          [*_block(cfg, prefix, ratio), *_mtp_extras(cfg, prefix)]),
+          [*block_rows(cfg, prefix, ratio), *_mtp_extras(cfg, prefix)]),
     ]  # fmt: skip
 
 
-def _block(cfg: Config, prefix: str, ratio: int) -> Iterator[Tensor]:
+def block_rows(cfg: Config, prefix: str, ratio: int) -> Iterator[Tensor]:
+    """Rows of one block: norms, hyper-connections, attention and experts."""
     flat, mixes = cfg.streams * cfg.dim, (2 + cfg.streams) * cfg.streams
     for part in ("attn", "ffn"):
         yield Tensor(f"{prefix}.{part}_norm.weight", (cfg.dim,), Kind.BF16)
@@ -186,7 +187,8 @@ def _moe(cfg: Config, p: str, by_hash: bool) -> Iterator[Tensor]:
         yield Tensor(f"{p}.shared_experts.{matrix}.weight", shape, Kind.FP8)
 
 
-def _hyper_head(cfg: Config, p: str) -> Iterator[Tensor]:
+def hyper_head_rows(cfg: Config, p: str) -> Iterator[Tensor]:
+    """Rows that collapse the streams into one."""
     yield Tensor(f"{p}hc_head_fn", (cfg.streams, cfg.streams * cfg.dim), Kind.F32)
     yield Tensor(f"{p}hc_head_base", (cfg.streams,), Kind.F32)
     yield Tensor(f"{p}hc_head_scale", (1,), Kind.F32)
@@ -197,4 +199,4 @@ def _mtp_extras(cfg: Config, p: str) -> Iterator[Tensor]:
         yield Tensor(f"{p}.{name}.weight", (cfg.dim, cfg.dim), Kind.FP8)
     for name in ("enorm", "hnorm", "norm"):
         yield Tensor(f"{p}.{name}.weight", (cfg.dim,), Kind.BF16)
-    yield from _hyper_head(cfg, f"{p}.")
+    yield from hyper_head_rows(cfg, f"{p}.")

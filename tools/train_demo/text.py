@@ -12,10 +12,12 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
@@ -158,4 +160,6 @@ class Rows:
 
     def batch(self, rows: int, length: int) -> Tensor:
         """[rows, length] ids."""
+        import torch  # the trainer of the DSpark head has none
+
         return torch.tensor([self.row(length) for _ in range(rows)])

@@ -1,0 +1,1 @@
+"""What the program knows without a checkpoint: what it can write, what a Mac can hold, and on what it runs."""

@@ -1,0 +1,130 @@
+"""Which recipes a Mac can hold of a model: size, the longest context, quality where it was measured, the command."""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from ds4convert.api.opening import NAMED_CONFIGS, config_bytes
+from ds4convert.api.reporting import document
+from ds4convert.api.values import mac_size
+from ds4convert.checkpoint import advice
+from ds4convert.checkpoint.config import parse_config
+from ds4convert.checkpoint.inventory import Inventory, expected
+from ds4convert.checkpoint.types import JSON
+from ds4convert.errors import UsageError
+from ds4convert.fit.size_budget import HEADER_BYTES_PER_TENSOR, SMALL_FILES
+from ds4convert.planning.encodings import ENCODERS
+from ds4convert.planning.recipes import Recipe, recipes
+from ds4convert.words import macs
+
+if TYPE_CHECKING:
+    from ds4convert.inference.deepseek_v4.config import ModelArgs
+
+MODELS = tuple(n for n in NAMED_CONFIGS if n != "tiny")
+LEAST_CONTEXT = 4096
+"""Tokens that a model has to have room for, where nothing else is said, to be called one that fits."""
+
+LARGEST_MAC = 512
+"""GiB of the largest Mac that is sold; `macs.SIZES` goes on beyond it."""
+
+
+def recommend(mac: int | str, model: str = "flash", context: int | None = None) -> JSON:
+    """Return the recipes of which a Mac can hold a model, the largest first, as a document.
+
+    `mac` is the memory of the Mac, `model` the name of a config that ships; `context` are the tokens there has to be
+    room for. A recipe's `context` is the longest that fits, null where the program does not run the family, so that
+    weights alone are compared. `quality` is null where nobody measured it. Raises `UsageError`.
+    """
+    if model not in MODELS:
+        raise UsageError(f"--model {model}: expected {advice.either(MODELS)}{advice.did_you_mean(model, MODELS)}")
+    memory = mac_size(mac)
+    inventory = expected(parse_config(config_bytes(model), model))
+    room = Room(macs.usable(memory), context or LEAST_CONTEXT, _args(inventory))
+    rows = [_row(r, inventory, room, model) for r in recipes().values() if r.name != "fit"]
+    rows.sort(key=lambda r: (-r["output_bytes"], r["recipe"]))
+    fits = [r for r in rows if r.pop("fits")]
+    known = known_facts()["models"][model]
+    for row in fits:
+        row["command"] = _command(known, ["--recipe", row["recipe"]], row["recipe"])
+    others = [r | {"needs_mac_bytes": _smallest(r, room)} for r in rows if r not in fits]
+    chosen = _command(known, ["--mac", f"{memory / macs.GIB:g}GB"], f"{memory / macs.GIB:g}")
+    return document(
+        {
+            "model": model, "repo": known["repo"], "mac_bytes": memory, "usable_bytes": room.usable,
+            "least_context": room.least if room.args else None, "runs": room.args is not None, "recipes": fits,
+            "too_large": others, "by_layer": chosen if fits and room.args else None,
+        }
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Room:
+    """What Metal may use, the tokens there has to be room for, and the model's sizes (None: nothing here runs it)."""
+
+    usable: int
+    least: int
+    args: ModelArgs | None
+
+    def needs(self, weights: int, context: int) -> int:
+        """Return the bytes that a model with so many bytes of weights takes with so many tokens."""
+        if self.args is None:
+            return weights
+        from ds4convert.inference.load import cache_size_bytes, working_set_bytes
+
+        return weights + cache_size_bytes(self.args, context, 2) + working_set_bytes(self.args)
+
+    def longest(self, weights: int, most: int) -> int:
+        """Return the most tokens, up to `most`, that there is room for; 0 for none."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.needs(weights, middle) <= self.usable else (low, middle - 1)
+        return low
+
+
+def _args(inventory: Inventory) -> ModelArgs | None:
+    if not inventory.config.family.runs:
+        return None
+    from ds4convert.inference.load import read_args
+
+    return read_args(dict(inventory.config.raw), "the config")
+
+
+def _row(recipe: Recipe, inventory: Inventory, room: Room, model: str) -> JSON:
+    sizes = [ENCODERS[recipe.format_of(m)](m).size_bytes for m in inventory.modules]
+    weights = sum(sizes) + 3 * len(sizes) * HEADER_BYTES_PER_TENSOR + SMALL_FILES
+    longest = None
+    if room.args is not None:
+        longest = room.longest(weights, int(inventory.config.raw.get("max_position_embeddings", 1 << 20)))
+    fits = room.needs(weights, room.least) <= room.usable
+    return {
+        "recipe": recipe.name, "description": recipe.description, "output_bytes": weights, "context": longest,
+        "quality": measured(model, recipe.name), "demo_quality": measured("demo", recipe.name), "fits": fits,
+    }  # fmt: skip
+
+
+def _smallest(row: JSON, room: Room) -> int | None:
+    """Return the memory of the smallest Mac that holds a recipe, None where none does."""
+    need = room.needs(row["output_bytes"], room.least)
+    return next((n * macs.GIB for n in macs.SIZES if n <= LARGEST_MAC and macs.usable(n * macs.GIB) >= need), None)
+
+
+def _command(known: JSON, options: list[str], suffix: str) -> str:
+    return shlex.join(["ds4convert", "quantize", known["repo"], f"{known['name']}-{suffix}", *options])
+
+
+def measured(model: str, recipe: str) -> JSON | None:
+    """Return what was measured of a recipe on a model, with its source; None where nothing was."""
+    rows = (r for r in known_facts()["measured"] if (r["model"], r["recipe"]) == (model, recipe))
+    return next((dict(r) for r in rows), None)
+
+
+@cache
+def known_facts() -> JSON:
+    """Return the data file of models and measured figures."""
+    return tomllib.loads((resources.files("ds4convert.manifests") / "quality.toml").read_text("utf-8"))

@@ -1,0 +1,1 @@
+"""What a checkpoint is: headers, config, family, inventory, names, tensors, provenance."""

@@ -1,0 +1,1 @@
+"""What was written: the manifest, a converted folder's modules and tensors, its records."""

@@ -1,0 +1,1 @@
+"""A folder made from a converted folder: graft, relayout, requantize."""

@@ -1,0 +1,1 @@
+"""A model measured: decode runs, teacher forcing, wiring, references, layer by layer."""

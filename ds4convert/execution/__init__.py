@@ -1,0 +1,1 @@
+"""Carrying out a plan: journal, file writer, workers, prefetch, transforms."""

@@ -1,0 +1,1 @@
+"""Which formats, at what cost: errors per format, the optimiser, calibration, forecasts."""

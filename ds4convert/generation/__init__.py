@@ -1,0 +1,1 @@
+"""Text out: a folder opened for decoding, and generation."""

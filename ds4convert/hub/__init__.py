@@ -1,0 +1,1 @@
+"""The Hub: repos, byte ranges, headers, pulling."""

@@ -1,0 +1,1 @@
+"""Folders of object stores: `s3://`, `gs://`, `az://`."""

@@ -1,0 +1,53 @@
+"""What names a folder of an object store: `s3://BUCKET/FOLDER`, `gs://BUCKET/FOLDER`, `az://CONTAINER/FOLDER`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ds4convert.errors import UsageError
+from ds4convert.words.terminal import show
+
+SCHEMES = ("s3", "gs", "az")
+EXPECTED = "expected s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or az://CONTAINER/FOLDER"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A folder of a bucket; `folder` is empty for the bucket's top."""
+
+    scheme: str
+    bucket: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}{'/' if self.folder else ''}{self.folder}"
+
+
+def is_address(src: str) -> bool:
+    """Return whether `src` names a folder of an object store, well or badly."""
+    found = _SCHEME.match(src)
+    return found is not None and found[1].lower() in SCHEMES
+
+
+def check_scheme(src: str) -> None:
+    """Raise `UsageError` for an address of a kind that nothing here reads; paths and the Hub's pages pass."""
+    found = _SCHEME.match(src)
+    if found is not None and found[1].lower() not in {*SCHEMES, "hf", "http", "https"}:
+        raise UsageError(
+            f"{show(src)}: {show(found[1])}:// is no store that is known here; {EXPECTED}, or hf://owner/name"
+        )
+
+
+def parse(src: str) -> Address:
+    """Return the folder that an address names. Raises `UsageError`."""
+    scheme, _, rest = src.partition("://")
+    bucket, _, folder = rest.partition("/")
+    parts = [p for p in folder.split("/") if p]
+    if not _BUCKET.fullmatch(bucket):
+        raise UsageError(f"{show(src)}: names no bucket; {EXPECTED}")
+    if not folder.isprintable() or any(p in {".", ".."} for p in parts) or any(c in folder for c in "?#\\"):
+        raise UsageError(f"{show(src)}: the folder has parts that no object's name has here; {EXPECTED}")
+    return Address(scheme.lower(), bucket, "/".join(parts))

@@ -1,0 +1,1 @@
+"""What will be written, as values: layouts, recipes, shards, encodings, small files, the plan."""

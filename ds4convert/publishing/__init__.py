@@ -1,0 +1,1 @@
+"""A converted folder made public: what is sent, the model card, upload and comparison."""

@@ -1,0 +1,1 @@
+"""For people: facts as text and as a page."""

@@ -1,0 +1,1 @@
+"""HTTP: bytes, framing, who may use it, answers."""

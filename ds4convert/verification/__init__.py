@@ -1,0 +1,1 @@
+"""Is it right? Structure, against the source, the head, the verdict."""

@@ -1,0 +1,40 @@
+"""Which files `pytest -m fast` runs: of each folder those that answer within seconds, for use after every edit.
+
+Tests in them that are marked slow or nightly are left out. tests/package/test_tiers.py watches that no folder is forgotten.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+FILES = {
+    "api": ["test_surface.py", "test_conversion.py"],
+    "checkpoint": ["test_config.py", "test_headers.py", "test_inventory.py"],
+    "cli": ["terminal/test_advice.py"],
+    "converted": ["losses/test_losses.py"],
+    "demo": ["test_demo_checkpoint.py"],
+    "derive": ["test_requantize.py"],
+    "evaluate": ["layerwise/test_dspark_layerwise.py"],
+    "execution": ["test_transforms.py", "run/test_pool.py"],
+    "fit": ["test_fit.py"],
+    "formats": ["test_rounding.py", "test_small_floats.py"],
+    "generation": ["test_side_files.py"],
+    "hosts": ["test_dspark_hosts.py"],
+    "hostile": ["test_fuzz.py"],
+    "hub": ["remote/test_pull_places.py"],
+    "inference": ["test_layers.py", "test_decode_control_flow.py", "chat/test_chat_vectors.py"],
+    "local_hub": ["test_switches.py"],
+    "package": ["test_architecture.py", "test_docs.py", "test_tiers.py", "site/test_pages.py"],
+    "planning": ["recipes/test_recipes.py"],
+    "serving": ["test_fields.py", "test_replies.py"],
+    "storage": ["test_wrappers.py"],
+    "verification": ["test_verify_strays.py"],
+}
+"""By folder of tests/."""
+
+
+def is_fast(path: Path) -> bool:
+    """Return whether a file of tests is one of those."""
+    folder, _, rest = path.relative_to(TESTS).as_posix().partition("/")
+    return rest in FILES.get(folder, [])

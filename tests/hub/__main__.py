@@ -1,5 +1,0 @@
-"""`python -m tests.hub FOLDER`."""
-
-from tests.hub.server import main
-
-main()

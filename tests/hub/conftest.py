@@ -1,1 +1,0 @@
-from tests.hub.fixtures import hub  # noqa: F401

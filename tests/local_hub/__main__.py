@@ -1,0 +1,5 @@
+"""`python -m tests.local_hub FOLDER`."""
+
+from tests.local_hub.server import main
+
+main()

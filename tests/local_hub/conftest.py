@@ -1,0 +1,1 @@
+from tests.local_hub.fixtures import hub  # noqa: F401
