@@ -137,9 +137,7 @@ def _ended(session: Session) -> int:
         session.failed(Failure(e.exit_code, "usage", line(e.format_message()), hint=_usage_hint(e)))
         return e.exit_code
     except (KeyboardInterrupt, click.Abort):
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            return _fail(session, Failure(interrupts.exit_code(), "interrupted", interrupts.SAID.decode().strip()), "")
-        return interrupts.exit_code()
+        return _interrupted(session)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -153,8 +151,23 @@ def _ended(session: Session) -> int:
     except MemoryError:
         return _fail(session, Failure(4, "environment", "out of memory"))
     except Exception as e:
+        if _is_unwinding(e):
+            return _interrupted(session)
         told = line(f"this is a bug of ds4convert ({type(e).__name__}: {e}); -vv shows where")
         return _fail(session, Failure(4, "bug", told))
+
+
+def _is_unwinding(error: BaseException | None) -> bool:
+    """Return whether an interruption was on its way up when this went wrong: closing what had only half begun."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _interrupted(session: Session) -> int:
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        return _fail(session, Failure(interrupts.exit_code(), "interrupted", interrupts.SAID.decode().strip()), "")
+    return interrupts.exit_code()
 
 
 def _fail(session: Session, failure: Failure, prefix: str = "Error: ") -> int:

@@ -172,9 +172,10 @@ class PrefetchWindow(Wrapped):
         with disk_errors("writing", self._folder):
             self._disk.remove(self._folder)
             self._disk.make_folder(self._folder)
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._connections)]
-        for thread in self._threads:
+        for _ in range(self._connections):
+            thread = threading.Thread(target=self._work, daemon=True)
             thread.start()
+            self._threads.append(thread)  # only then: Ctrl-C may come between, and what never began cannot be joined
 
     def _begin_file(self, file: str, reads: Reads, known: bool, done: set[int]) -> None:
         pieces, listed = pieces_of(file, reads, self._most), self._source.digest(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -118,3 +119,9 @@ def test_convert_is_another_name_of_quantize(mini_source: Path, tmp_path: Path) 
     done = program("convert", mini_source, tmp_path / "out", "--drop-mtp", "--json").json
     again = program("quantize", mini_source, tmp_path / "out", "--drop-mtp", "--json").json
     assert not done["already_done"] and again["already_done"] and done["plan"] == again["plan"]
+
+
+def test_h_is_help_of_a_command_that_is_used_without_the_program() -> None:
+    command = copy.copy(cli.commands["serve"])
+    command._help_option = None
+    assert "-h, --help" in command.get_help(click.Context(command, info_name="serve"))

@@ -61,6 +61,7 @@ _TABLE = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 PREFIX = "DS4CONVERT"
 SECRET = ("token", "api_key")
 """Parameters whose values are never shown."""
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 FROM_ENVIRONMENT = click.core.ParameterSource.ENVIRONMENT
 ENVIRONMENT = f"Defaults may stand in the environment: {PREFIX}_JOBS for --jobs, and so on."
 
@@ -80,6 +81,10 @@ class Command(click.Command):
             if isinstance(param, click.Option) and not param.is_eager:
                 names = [_variable(param.opts), *([_variable(param.secondary_opts)] if param.secondary_opts else [])]
                 param.envvar = [f"{PREFIX}_{middle}{n}" for middle in (f"{str(self.name).upper()}_", "") for n in names]
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Return the program's names for help; click keeps them from a command's first context, whichever that was."""
+        return list(SETTINGS["help_option_names"])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; where a value of the environment is wrong, the message names the variable."""
@@ -241,7 +246,7 @@ def also_called(name: str, command: click.Command) -> None:
 
 
 @click.group(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    cls=Commands, context_settings=SETTINGS,
     epilog="`ds4convert COMMAND --help` tells the options of a command, with an example.",
 )  # fmt: skip
 @click.version_option(package_name="ds4convert", message="%(version)s")

@@ -576,6 +576,20 @@ def test_a_bug_is_called_a_bug_without_a_traceback(source: Path) -> None:
     assert "Traceback" in loud.err
 
 
+def test_what_goes_wrong_while_an_interruption_is_on_its_way_up_is_the_interruption(source: Path) -> None:
+    from unittest import mock
+
+    def half_begun(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:  # what closing a thread that never began says
+            raise RuntimeError("cannot join thread before it is started")
+
+    with mock.patch("ds4convert.hub.doors.open_official", side_effect=half_begun):
+        result = run("plan", source)
+    assert result.code == 130 and result.err.startswith("Interrupted. ") and "bug" not in result.err
+
+
 USAGE = [
     [], ["convert"], ["quantize"], ["quantize", "a"], ["plan"], ["plan", "a", "--config", "tiny"], ["inspect"],
     ["quantize", "SRC", "OUT", "--layout", "gguf"], ["quantize", "SRC", "OUT", "--jobs", "0"],
