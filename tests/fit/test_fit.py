@@ -122,7 +122,7 @@ def test_a_checkpoint_is_measured_fitted_converted_and_verified(source: Path, tm
     assert "other size" in told and "working set" in told and "no choice of this size has less" in told
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_context_leaves_less_for_weights() -> None:
     short, long = (planned("--config", "flash", "--fit", "100GB", "--context", n)["fit"] for n in ("1000", "1000000"))
     assert long["cache_bytes"] > short["cache_bytes"] and long["weights_bytes"] < short["weights_bytes"]
@@ -149,7 +149,7 @@ def test_contradictions_are_wrong_usage(words: list[str], says: str) -> None:
     assert says in s.cli("plan", "--config", "flash", *words, exit_code=2).stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_head_keeps_its_precision_when_a_model_is_fitted() -> None:
     groups = {g["name"]: g["formats"] for g in planned("--config", "flash", "--fit", "100GB")["groups"]}
     assert groups["mtp.experts"] == ["mxfp4"]

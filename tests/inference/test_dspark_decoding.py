@@ -22,7 +22,8 @@ from ds4convert.inference.deepseek_v4.cache import SPARE
 from ds4convert.inference.sampling import Sampling
 from tests.inference.golden_data import BLOCK, build, golden, max_diff, model
 
-LONG = 500
+LONG, SHORT = 500, 200
+"""Tokens of text: every night, and on every change; either goes over the window and a boundary of 128."""
 PROMPTS = ("p0", "p1", "p2")
 
 
@@ -35,10 +36,15 @@ def tokens(steps: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[tuple[str, str], list[int]]:
-    """500 tokens of plain greedy text after every prompt."""
+def length(request: pytest.FixtureRequest) -> int:
+    return LONG if request.config.getoption("--nightly") else SHORT
+
+
+@pytest.fixture(scope="module")
+def plain(length: int) -> dict[tuple[str, str], list[int]]:
+    """Plain greedy text after every prompt."""
     return {
-        (name, prompt): tokens(plain_generate_step(ids(name, prompt), model(name), max_tokens=LONG))
+        (name, prompt): tokens(plain_generate_step(ids(name, prompt), model(name), max_tokens=length))
         for name in BLOCK
         for prompt in PROMPTS[:2]
     }
@@ -87,9 +93,11 @@ def test_500_greedy_tokens_are_the_plain_ones_at_every_depth(name: str, prompt: 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", BLOCK)
-def test_greedy_text_is_the_plain_one_with_a_confidence_threshold(name: str, threshold: float, plain: Any) -> None:
+def test_greedy_text_is_the_plain_one_with_a_confidence_threshold(
+    name: str, threshold: float, plain: Any, length: int
+) -> None:
     stats = DecodeStats()
-    steps = mtp_generate_step(ids(name, "p0"), model(name), confidence=threshold, max_tokens=LONG, stats=stats)
+    steps = mtp_generate_step(ids(name, "p0"), model(name), confidence=threshold, max_tokens=length, stats=stats)
     assert tokens(steps) == plain[name, "p0"]
     assert all(estimate >= threshold for estimate, _ in stats.estimates)
     whole = stats.passes * model(name).args.dspark_block_size
@@ -99,10 +107,12 @@ def test_greedy_text_is_the_plain_one_with_a_confidence_threshold(name: str, thr
 
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("name", BLOCK)
-def test_drafters_that_are_always_right_or_always_wrong_leave_the_text(name: str, right: bool, plain: Any) -> None:
+def test_drafters_that_are_always_right_or_always_wrong_leave_the_text(
+    name: str, right: bool, plain: Any, length: int
+) -> None:
     prompt, stats = ids(name, "p1"), DecodeStats()
     oracle = Oracle(model(name), plain[name, "p1"], prompt.size, right)
-    assert tokens(mtp_generate_step(prompt, oracle, max_tokens=LONG, stats=stats)) == plain[name, "p1"]
+    assert tokens(mtp_generate_step(prompt, oracle, max_tokens=length, stats=stats)) == plain[name, "p1"]
     assert stats.acceptance == float(right)
 
 
@@ -286,6 +296,7 @@ def transitions(text: list[int]) -> np.ndarray:
     return counts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["speculative", "exact match"])
 @pytest.mark.parametrize(("depth", "confidence"), [(1, 0.0), (3, 0.0), (3, 0.5)])
 def test_sampled_text_is_distributed_as_without_the_head(depth: int, confidence: float, mode: str) -> None:
@@ -305,6 +316,7 @@ def test_sampled_text_is_distributed_as_without_the_head(depth: int, confidence:
     assert ((counts - wrong) ** 2 / wrong).sum() > 500, "the test tells the two apart"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", BLOCK)
 def test_sampled_text_of_a_model_is_distributed_as_its_own_probabilities(name: str) -> None:
     """Where each token falls in the cumulated probabilities it was drawn from: uniform, 9 degrees of freedom."""

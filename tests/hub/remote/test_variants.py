@@ -39,7 +39,7 @@ EVERY: dict[str, list[Switch]] = {
 }
 """What the Hub is told to do, for as long as the test runs."""
 
-ALWAYS = {"as the Hub", "renamed", "elsewhere", "bare"}
+ALWAYS = {"as the Hub", "elsewhere", "bare"}
 """Run on every change; the others nightly, as they differ in what one request sees."""
 
 VARIANTS = [pytest.param(k, marks=() if k in ALWAYS else pytest.mark.nightly, id=k) for k in EVERY]
