@@ -10,6 +10,7 @@ Annotations are evaluated in it (no `from __future__`): mlx-lm runs the file wit
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 MODULES = ("config", "cache", "layers", "attention", "block", "dspark", "weights", "model")
@@ -23,6 +24,7 @@ the backbone; the head is loaded with it and serves `ds4convert generate --mtp`.
 '''
 
 
+@cache
 def single_file_source() -> str:
     """The text of the file: standard and mlx imports, then the bodies of the modules."""
     imports: list[str] = []

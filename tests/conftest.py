@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import sharing, support
+from tests import places, sharing, support
 from tests.fast import is_fast
 
 ENDING_SECONDS = 10
@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported: libraries read some variables while they are imported."""
     config.pluginmanager.register(sharing)  # a conftest is not asked about fixtures of the whole session
     choose_examples(nightly=config.getoption("--nightly"))
+    if not config.option.basetemp and (folder := places.in_memory()):  # of workers it is that of the run
+        places.use(folder)
+        config.add_cleanup(lambda: places.give_back(folder))
     if getattr(config.option, "numprocesses", None):
         return  # the workers run the tests, and begin with this process's environment
     hear_signals()

@@ -108,6 +108,7 @@ def transformers(name: str) -> str:
     return name if name.startswith("mtp.") else f"model.{name}"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rename", [prefixed, hybrid, transformers])
 @pytest.mark.parametrize("expert_dtype", ["fp4", None, "bf16"])
 def test_every_spelling_gives_the_same_values_as_the_official_one(

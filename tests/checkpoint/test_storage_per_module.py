@@ -264,6 +264,7 @@ WIDE: dict[str, Change] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("options", [(), ("--experts", "affine-4-g32", "--backbone", "affine-8-g32")])
 def test_wider_dtypes_of_the_same_values_give_the_same_bytes(

@@ -91,6 +91,7 @@ def test_500_greedy_tokens_are_the_plain_ones_at_every_depth(name: str, prompt: 
         assert len(stats.drafted_at) == depth
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", BLOCK)
 def test_greedy_text_is_the_plain_one_with_a_confidence_threshold(
@@ -105,6 +106,7 @@ def test_greedy_text_is_the_plain_one_with_a_confidence_threshold(
     assert (stats.drafted == 0) == (threshold == 1.0), "nothing is certain"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("name", BLOCK)
 def test_drafters_that_are_always_right_or_always_wrong_leave_the_text(
@@ -116,6 +118,7 @@ def test_drafters_that_are_always_right_or_always_wrong_leave_the_text(
     assert stats.acceptance == float(right)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "prompt"), [(n, p) for n in BLOCK for p in PROMPTS])
 def test_rounds_accept_what_the_official_code_would(name: str, prompt: str) -> None:
     g, stats = golden(name), DecodeStats()
@@ -145,6 +148,7 @@ def assert_same_state(m: Any, found: list[Any], text: list[int]) -> None:
     assert max_diff(a, b) < 5e-5
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 40, 97])
 @pytest.mark.parametrize("name", BLOCK)
 def test_a_closed_generator_leaves_exactly_the_tokens_that_left(name: str, length: int) -> None:

@@ -103,6 +103,7 @@ def test_head_with_exchanged_norms_changes_no_token(name: str) -> None:
     assert tokens == plain(name, SHORT)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize(("name", "i"), combined(NAMES, PROMPTS, is_repetition=lambda name, i: i < 2))
 def test_verified_rows_are_the_golden_rows(name: str, i: int, depth: int) -> None:

@@ -133,6 +133,7 @@ def test_rule_alone_keeps_the_distribution_of_every_row(temp: float, top_p: floa
         assert p_value(count(tokens.tolist()), probabilities(settings)[row]) > 0.01 / VOCAB
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("settings", SETTINGS, ids=repr)
 def test_first_and_second_tokens_are_distributed_as_without_drafts(settings: Sampling) -> None:
     mx.random.seed(7)

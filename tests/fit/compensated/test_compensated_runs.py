@@ -112,6 +112,7 @@ class Stopping:
         return self.inner(key, expert)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "at", nightly(["model.layers.1.ffn", "model.layers.2", "mtp"], lambda at: at != "model.layers.2")
 )

@@ -158,6 +158,7 @@ def test_a_rate_limit_is_waited_for_as_the_hub_asks(hub: LocalHub, call: Call) -
     assert answers == [429, 307], "who asks before its time is up is refused again, and that is counted"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "form",
     ["owner/model", "{url}/owner/model", "{url}/owner/model/tree/main", "{url}/owner/model/blob/main/config.json"],

@@ -94,6 +94,7 @@ def test_a_head_below_its_own_precision_is_warned_of_and_a_native_one_is_not(sou
     assert s.cli("plan", source, "--recipe", "q2").stderr == ""
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("role", PROTECTED)
 @pytest.mark.parametrize("where", ["formats", "rule"])
 def test_what_must_not_be_quantized_is_refused_by_name(role: str, where: str, source: Path, tmp_path: Path) -> None:
