@@ -24,7 +24,9 @@ def in_memory() -> Path | None:
     runs_programs = not about.f_flag & getattr(os, "ST_NOEXEC", 0)  # environments are made there
     if not runs_programs or about.f_bavail * about.f_frsize < ROOM_BYTES:
         return None
-    return Path(tempfile.mkdtemp(prefix="ds4convert-tests-", dir=MEMORY))
+    folder = Path(tempfile.mkdtemp(prefix="ds4convert-tests-", dir=MEMORY))
+    folder.chmod(0o755)  # as /tmp is to other users: some tests become one
+    return folder
 
 
 def _available() -> int:
