@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -22,6 +22,7 @@ from ds4convert.api.values import (
     flag,
     part_field,
     size,
+    text,
 )
 from ds4convert.checkpoint import advice
 from ds4convert.checkpoint.inventory import ratios_taken
@@ -65,18 +66,25 @@ class RunOptions(OptionRecord):
     """How `convert` carries a plan out.
 
     `overwrite` replaces a conversion that `out` holds. Of a source on the Hub at most `window` bytes lie on the disk at
-    once (8 GB where it is None). `part` (`"2/8"`) does a share of the work beside other machines.
+    once (8 GB where it is None). `part` (`"2/8"`) does a share of the work beside other machines; `cluster` has those
+    of a Ray cluster do it, by the address of its head (`"HOST:PORT"`, or `"auto"` on one of them).
     """
 
     overwrite: bool = flag(False)
     window: int | None = bytes_of(size, None)
     part: Part | None = part_field()
+    cluster: str | None = text(None)
 
     def __post_init__(self) -> None:
         """Raise `UsageError` on values out of range."""
         super().__post_init__()
         if self.window is not None and self.window < LEAST_WINDOW:
             raise UsageError(f"--window {self.window}: expected at least {LEAST_WINDOW:,} bytes")
+        if self.cluster is not None and self.part is not None:
+            raise UsageError(
+                "--part and --cluster contradict each other: with --cluster the parts are handed out by Ray",
+                hint="give one of them",
+            )
 
 
 class RunChoices(ConversionChoices, total=False):
@@ -85,6 +93,7 @@ class RunChoices(ConversionChoices, total=False):
     overwrite: bool
     window: int | str | None
     part: Part | str | None
+    cluster: str | None
 
 
 @dataclass(frozen=True)
@@ -117,12 +126,12 @@ class ConversionPlan:
         self.check_divisible()
         return division.shares(self.prepared.plan, count)
 
-    def check_divisible(self) -> None:
+    def check_divisible(self, cluster: bool = False) -> None:
         """Raise `UsageError` where the plan cannot be carried out in parts."""
         if self.options.is_compensated:
             raise UsageError(
                 "--rounding compensated goes through the model layer by layer, so it stays on one machine: leave out "
-                "the parts"
+                + ("--cluster" if cluster else "the parts")
             )
 
     def as_json(self, full: bool = False, parts: int | None = None) -> JSON:
@@ -198,10 +207,10 @@ def convert(
 ) -> Conversion:  # fmt: skip
     """Convert a checkpoint, or carry out a plan, into the folder `out`. Called again after an interruption, it goes on.
 
-    Keywords are the options of `plan` and of `RunOptions`: `overwrite`, `window`, `part`. After calls with `part` on
-    several machines, one without it ends the conversion. `progress` is called with a `Progress`, `say` with a
-    `Message`; what they raise ends the run, which the next call resumes. Raises `UsageError`, `InputError` or
-    `EnvironmentFault`.
+    Keywords are the options of `plan` and of `RunOptions`: `overwrite`, `window`, `part`, `cluster`. After
+    calls with `part` on several machines, one without it ends the conversion. `progress` is called with a `Progress`,
+    `say` with a `Message`; what they raise ends the run, which the next call resumes. Raises `UsageError`, `InputError`
+    or `EnvironmentFault`.
 
     >>> import ds4convert as ds4
     >>> done = ds4.convert("checkpoint", "converted", jobs=1)
@@ -221,8 +230,8 @@ def convert(
         if how.window is not None and not is_remote(source):
             listener.warn("--window has no effect here; it is for a SRC on the Hub or in an object store")
         made = _planned(prepare(source, None, settled, listener), settled, target)
-    if how.part is not None:
-        made.check_divisible()
+    if how.part is not None or how.cluster is not None:
+        made.check_divisible(how.cluster is not None)
     share = None if how.part is None else division.share(made.prepared.plan, how.part)
     outcome = _carried_out(made, target, how, share, listener)
     manifest, seconds = outcome.manifest if outcome.complete else None, time.monotonic() - start
@@ -271,11 +280,26 @@ def _carried_out(
     left = None if listener.progress is None or share else forecast.left(plan_, made.options.cores)
     total = made.output_bytes if share is None else share.bytes_written
     window = run.WINDOW_BYTES if how.window is None else how.window
+    way = run.Way(jobs, how.overwrite, importance=weigh, window_bytes=window, part=how.part, cores=made.options.cores)
+    if how.cluster is not None:
+        return _on_cluster(made, out, way, how.cluster, listener)
     with listener.counting("converting", total, left) as count:
-        way = run.Way(
-            jobs, how.overwrite, count, importance=weigh, window_bytes=window, part=how.part, cores=made.options.cores
-        )
-        return run.run(source, plan_, out, way, prepared.ending)
+        return run.run(source, plan_, out, replace(way, progress=count), prepared.ending)
+
+
+def _on_cluster(made: ConversionPlan, out: Path, way: run.Way, address: str, listener: Listener) -> run.Outcome:
+    """Have the machines of a cluster write the files, then end the conversion here."""
+    from ds4convert.execution.cluster import parts
+
+    source, plan_, ending = made.prepared.source, made.prepared.plan, made.prepared.ending
+    assert source is not None
+    voice = parts.Voice(listener.note, listener.warn)
+    with listener.counting("converting", made.output_bytes) as count:
+        begun = parts.write(source, plan_, out, replace(way, progress=count), address, voice, ending)
+    if begun.complete:
+        return begun
+    with listener.counting("reading back", made.output_bytes) as count:
+        return parts.finish(source, plan_, out, replace(way, progress=count), begun, ending)
 
 
 def _details(facts: Mapping[str, Any], jobs: int) -> Iterator[str]:

@@ -90,10 +90,12 @@ def plan(
 @click.option("--window", type=Size(), default="8GB", show_default=True,
               help="With SRC on the Hub or in a store: most bytes of it that lie on the disk at once.")  # fmt: skip
 @PART
+@click.option("--cluster", metavar="ADDRESS", help="Have the machines of a Ray cluster do the parts: HOST:PORT of its "
+              "head, or auto on one of them. Needs the extra `ray` on all.")  # fmt: skip
 @conversion_options
 @common()
 def quantize(
-    session: Session, src: str, out: Path, overwrite: bool, window: int, part: Part | None, **choices: Any
+    session: Session, src: str, out: Path, window: int, part: Part | None, cluster: str | None, **choices: Any
 ) -> None:
     """Convert the checkpoint SRC into the MLX folder OUT. Run it again after an interruption: it goes on.
 
@@ -110,11 +112,13 @@ def quantize(
     from ds4convert.api.conversion_options import ConversionOptions
     from ds4convert.report import text as report
 
+    overwrite = choices.pop("overwrite")
     options = ConversionOptions(**choices)
     session.warn_of_unused(options.without_effect())
     most = window if is_given("window") or opening.is_remote(src) else None
     with session.listening() as heard:
-        done = conversion.convert(src, out, options, overwrite=overwrite, window=most, part=part, **heard)
+        how: conversion.RunChoices = {"overwrite": overwrite, "window": most, "part": part, "cluster": cluster}
+        done = conversion.convert(src, out, options, **how, **heard)
     then = shlex.join(["ds4convert", "verify", str(out), *([] if opening.is_remote(src) else ["--source", src])])
     session.emit(done.as_json(), partial(report.conversion, out=terminal.line(out)), then if done.manifest else "")
 

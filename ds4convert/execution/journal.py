@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ds4convert.checkpoint import advice
-from ds4convert.errors import OutputError
+from ds4convert.errors import Ds4Error, OutputError
 from ds4convert.execution.ownership import NAMES, Marks, as_table, ours
 from ds4convert.execution.rounding_steps import CHUNK_VALUES
 from ds4convert.execution.transforms import CHUNK_BYTES
@@ -29,7 +29,7 @@ from ds4convert.planning.parts import Part
 from ds4convert.planning.types import Done, Loss, Plan
 from ds4convert.storage import strict_json
 from ds4convert.storage.records import Fingerprint
-from ds4convert.storage.safe_open import names_in, read_own
+from ds4convert.storage.safe_open import names_in, open_file, read_own, resolve_inside
 from ds4convert.storage.state_folder import PLAN_NAME
 from ds4convert.words.terminal import show
 
@@ -243,25 +243,30 @@ def begin(
     of the result, which plan.json names as ours. A part keeps its own journal, of its own `files`; a whole run
     takes in those of all parts.
     """
-    finished = _merged(state, plan, prints)
+    found = finished(state, plan, prints)
     if files is not None:
-        finished.steps = {n: d for n, d in finished.steps.items() if plan.steps[n].outputs[0].file in files}
-        finished.files = {n: sha256 for n, sha256 in finished.files.items() if n in files}
-        finished.begun = {n: b for n, b in finished.begun.items() if plan.steps[n].outputs[0].file in files}
+        found.steps = {n: d for n, d in found.steps.items() if plan.steps[n].outputs[0].file in files}
+        found.files = {n: sha256 for n, sha256 in found.files.items() if n in files}
+        found.begun = {n: b for n, b in found.begun.items() if plan.steps[n].outputs[0].file in files}
     first = {"plan": plan.id, "place": prints.place, "sources": prints.told(part is not None)}
     lines: list[dict[str, Any]] = [first]
-    lines += [{"steps": [_step_line(n, d)]} for n, d in finished.steps.items()]
-    lines += [{"begun": b.line(n)} for n, b in finished.begun.items() if n not in finished.steps]
-    lines += [{"file": n, "sha256": s} for n, s in finished.files.items()]
+    lines += [{"steps": [_step_line(n, d)]} for n, d in found.steps.items()]
+    lines += [{"begun": b.line(n)} for n, b in found.begun.items() if n not in found.steps]
+    lines += [{"file": n, "sha256": s} for n, s in found.files.items()]
     disk.write_file(state / journal_name(part), b"".join(map(_sealed, lines)))
     if part is None or not is_of(state, plan):
-        table = summary(plan) | {NAMES: as_table(marks)}
-        writer = "" if part is None else f".{part.name}"
-        disk.write_file(state / PLAN_NAME, json.dumps(table, indent=1).encode(), writer)
+        record_plan(disk, state, plan, marks, part)
     if part is None:
         for path in _of_parts(state):
             disk.remove(path)
-    return finished
+    return found
+
+
+def record_plan(disk: Disk, state: Path, plan: Plan, marks: Marks, part: Part | None = None) -> None:
+    """Write down which plan is being carried out, and the files of its result, which are ours."""
+    table = summary(plan) | {NAMES: as_table(marks)}
+    writer = "" if part is None else f".{part.name}"
+    disk.write_file(state / PLAN_NAME, json.dumps(table, indent=1).encode(), writer)
 
 
 def _of_parts(state: Path) -> list[Path]:
@@ -269,7 +274,7 @@ def _of_parts(state: Path) -> list[Path]:
     return sorted(p for p in state.glob("journal-*.jsonl") if p.is_file() and not p.is_symlink())
 
 
-def _merged(state: Path, plan: Plan, prints: Prints) -> Finished:
+def finished(state: Path, plan: Plan, prints: Prints) -> Finished:
     """Return what all journals tell. Two tell of one step only where a division was given up for another: both hold."""
     out = Finished()
     for path in (state / JOURNAL_NAME, *_of_parts(state)):
@@ -341,12 +346,39 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
     """Yield the whole lines of a journal; stops at the first that is torn or not ours."""
     with contextlib.suppress(ValueError):
         for raw in read_own(path.parent, path.name).splitlines(keepends=True):
-            if not raw.endswith(b"\n"):
-                return
-            line = strict_json.plain(raw)
-            if not isinstance(line, dict) or line.pop(_SEAL, None) != _checksum(line):
+            if (line := line_of(raw)) is None:
                 return
             yield line
+
+
+def line_of(raw: bytes) -> dict[str, Any] | None:
+    """Return what a line of a journal says; None where it is torn or not ours. Raises `ValueError` as JSON does."""
+    line = strict_json.plain(raw) if raw.endswith(b"\n") else None
+    if not isinstance(line, dict) or line.pop(_SEAL, None) != _checksum(line):
+        return None
+    return line
+
+
+def steps_told(state: Path, part: Part, after: int) -> tuple[set[int], int]:
+    """Return numbers of finished steps in a part's journal, from byte `after` on, and the byte to read from next.
+
+    For who looks on while others write: nothing is decided by it.
+    """
+    steps: set[int] = set()
+    name = journal_name(part)
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, Ds4Error):
+        with os.fdopen(open_file(resolve_inside(state, name), name), "rb") as file:
+            file.seek(after)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    break
+                line = line_of(raw)
+                if line is None:
+                    return steps, 0  # a part that was begun again has written its journal anew
+                steps |= {entry[0] for entry in line.get("steps", []) if type(entry[0]) is int}
+                after += len(raw)
+        return steps, after
+    return steps, 0
 
 
 def _read(path: Path, plan: Plan, prints: Prints) -> Finished:

@@ -17,13 +17,16 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ds4convert.errors import EnvironmentFault
 from ds4convert.files import create_new, remove_if
 from ds4convert.planning.parts import Part
 from ds4convert.storage import drives
 
+T = TypeVar("T")
 LOCK_NAME, HOLDER_NAME = "lock", "holder"
 WRITERS_NAME = "writers"
 """A file whose lock the processes that write for a run hold with it: they may outlive it for a moment."""
@@ -42,6 +45,22 @@ _PATIENCE = 10
 def is_lock(name: str) -> bool:
     """Return whether a file of the state folder belongs to a lock."""
     return re.fullmatch(r"(lock|holder|writers)(-\d+-of-\d+)?", name, re.ASCII) is not None
+
+
+class Busy(EnvironmentFault):
+    """Another process has what was to be taken; it may let go of it, or has ended and the drive does not know yet."""
+
+
+def patiently(take: Callable[[], T], seconds: float, look_s: float = 0.5) -> T:
+    """Return what `take` returns; where another process is in the way, try again for so long, then raise `Busy`."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return take()
+        except Busy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(look_s)
 
 
 class Lock:
@@ -76,7 +95,7 @@ class Lock:
         """Take one lock for this process alone, by the holder's file where the drive has no locks."""
         taken = _flock(self._open(name), fcntl.LOCK_EX)
         if taken is False:
-            raise EnvironmentFault(
+            raise Busy(
                 f"{self._state.parent}: another ds4convert is writing {self._what()}", hint="wait for it, or end it"
             )
         if taken is None:
@@ -107,13 +126,13 @@ class Lock:
                 break
             time.sleep(0.1)
         else:
-            raise EnvironmentFault(
+            raise Busy(
                 f"{self._state.parent}: another ds4convert is writing to this folder, and not a part of it",
                 hint="wait for it, or end it",
             )
         for other in self._rivals(LOCK_NAME):
             if _is_held(other):
-                raise EnvironmentFault(
+                raise Busy(
                     f"{self._state.parent}: a division into another number of parts is being written ({other.name})",
                     hint="run parts of one number only, or wait until those have ended",
                 )
@@ -126,9 +145,7 @@ class Lock:
     def share(self) -> None:
         """Let other parts of the plan in."""
         if self.part is not None and not self._holder and not _flock(self._main, fcntl.LOCK_SH):
-            raise EnvironmentFault(
-                f"{self._state.parent}: another ds4convert is writing to this folder", hint="wait for it"
-            )
+            raise Busy(f"{self._state.parent}: another ds4convert is writing to this folder", hint="wait for it")
 
     def _writers_name(self, part: Part | None) -> str:
         return WRITERS_NAME if part is None else f"{WRITERS_NAME}-{part.name}"
@@ -140,7 +157,7 @@ class Lock:
         until = time.monotonic() + _WRITERS_END_S
         while left := [p for p in left if _is_held(p)]:
             if time.monotonic() > until:
-                raise EnvironmentFault(
+                raise Busy(
                     f"{self._state.parent}: processes of a run that has ended are still writing here; end them, or "
                     "wait for the disk, and run the command again"
                 )
@@ -228,8 +245,8 @@ def _read(path: Path) -> bytes:
     return b""
 
 
-def _held(path: Path, by: str) -> EnvironmentFault:
-    return EnvironmentFault(
+def _held(path: Path, by: str) -> Busy:
+    return Busy(
         f"{path.parent.parent}: another ds4convert is writing to this folder ({by})",
         hint=f"wait for it, or end it. If it is not running any more, delete {path}",
     )

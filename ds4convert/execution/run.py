@@ -30,7 +30,7 @@ from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.planning import build, parts
 from ds4convert.planning.parts import Part
 from ds4convert.planning.types import Plan
-from ds4convert.storage.byte_source import Cached, Numbered, Read, are_here
+from ds4convert.storage.byte_source import ByteSource, Cached, Numbered, Read, are_here
 from ds4convert.storage.local_files import LocalFiles, SourceChanged
 from ds4convert.storage.safe_open import names_in, read_small
 from ds4convert.storage.state_folder import CLEARING_NAME, PLAN_NAME, STATE_FOLDER
@@ -206,15 +206,24 @@ class Way:
     cores: int | None = None
 
 
-def run(source: Source, plan: Plan, out: Path, way: Way | None = None, ending: Completion | None = None) -> Outcome:
-    """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
+@dataclass(frozen=True)
+class Looked:
+    """A folder that has been looked at, and what a run would do there; nothing has been written.
 
-    Raises `InputError` or `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there,
-    with `overwrite` too: what this very plan left unfinished is never thrown away.
+    `way` and `ending` are settled; `fresh`: what an earlier conversion left in the folder will be removed.
     """
-    way = way or Way()
-    disk, part, overwrite = way.disk, way.part, way.overwrite
-    if part is not None and overwrite:
+
+    way: Way
+    ending: Completion
+    fresh: bool
+
+
+def look(source: Source, plan: Plan, out: Path, way: Way, ending: Completion | None = None) -> Looked | Outcome:
+    """Return what a run would do in the folder `out`; the outcome where it holds the finished conversion.
+
+    Raises `InputError` or `EnvironmentFault` where it cannot be written there, or for values of the source.
+    """
+    if way.part is not None and way.overwrite:
         raise UsageError(
             "--part and --overwrite: a part adds to what others write", hint="remove the folder before the first"
         )
@@ -223,32 +232,80 @@ def run(source: Source, plan: Plan, out: Path, way: Way | None = None, ending: C
     ending = ending or _plain(source, plan)
     for folder in ending.apart:
         check_places(folder, out)
-    if not overwrite and out.is_dir() and ending.is_done(out):
+    if not way.overwrite and out.is_dir() and ending.is_done(out):
         way.progress(sum(ending.sizes.values()))
-        return _already_done(plan, out, disk)
-    _check_output(out, plan, ending.marks, overwrite)
-    state = out / STATE_FOLDER
-    fresh = overwrite and not journal.is_of(state, plan)
+        return _already_done(plan, out, way.disk)
+    _check_output(out, plan, ending.marks, way.overwrite)
+    fresh = way.overwrite and not journal.is_of(out / STATE_FOLDER, plan)
     if fresh:
         ownership.check(out, ending.marks)
     way = replace(way, window_bytes=_window_size(source, plan, way.window_bytes), cores=way.cores or all_cores())
-    _check_room(out, plan, fresh, ending.more_bytes + way.window_bytes, part)
-    with disk_errors("writing", out):
-        disk.make_folder(out)
-        disk.make_folder(state)
-        lock = Lock(state, part)
+    _check_room(out, plan, fresh, ending.more_bytes + way.window_bytes, way.part)
+    return Looked(way, ending, fresh)
+
+
+def run(source: Source, plan: Plan, out: Path, way: Way | None = None, ending: Completion | None = None) -> Outcome:
+    """Carry out `plan` into the folder `out`, resuming what an earlier run of it left there.
+
+    Raises `InputError` or `EnvironmentFault`; what was finished stays recorded, and the same call goes on from there,
+    with `overwrite` too: what this very plan left unfinished is never thrown away.
+    """
+    found = look(source, plan, out, way or Way(), ending)
+    if isinstance(found, Outcome):
+        return found
+    lock = _taken(out, found.way)
     try:
-        if not overwrite and ending.is_done(out):  # another run ended the conversion since this one looked
-            return _already_done(plan, out, disk)
-        if fresh:
-            with disk_errors("clearing", out):
-                ownership.clear(out, disk)
-        outcome = _locked(source, plan, out, way, ending, lock)
+        if done := _cleared(plan, out, found):
+            return done
+        outcome = _locked(source.bytes, plan, out, found.way, found.ending.marks, lock, found.ending)
     finally:
         lock.release()
     with contextlib.suppress(OSError):
-        state.rmdir()  # still there on a network drive, which keeps the lock's file until it is closed
+        (out / STATE_FOLDER).rmdir()  # still there on a network drive, which keeps the lock's file until it is closed
     return outcome
+
+
+def _taken(out: Path, way: Way) -> Lock:
+    """Return the lock of the folder, which is made where it is missing."""
+    state = out / STATE_FOLDER
+    with disk_errors("writing", out):
+        way.disk.make_folder(out)
+        way.disk.make_folder(state)
+        return Lock(state, way.part)
+
+
+def _cleared(plan: Plan, out: Path, found: Looked) -> Outcome | None:
+    """Under the lock, remove what is to be replaced; the outcome where another run ended the conversion meanwhile."""
+    if not found.way.overwrite and found.ending.is_done(out):
+        return _already_done(plan, out, found.way.disk)
+    if found.fresh:
+        with disk_errors("clearing", out):
+            ownership.clear(out, found.way.disk)
+    return None
+
+
+def begin_parts(plan: Plan, out: Path, found: Looked) -> Outcome | None:
+    """Make the folder ready for parts of the plan that other processes write with `write_part`."""
+    lock, state, disk = _taken(out, found.way), out / STATE_FOLDER, found.way.disk
+    try:
+        if done := _cleared(plan, out, found):
+            return done
+        with disk_errors("writing", state):
+            if not journal.is_of(state, plan):
+                journal.record_plan(disk, state, plan, found.ending.marks)
+            disk.remove(state / CLEARING_NAME)
+    finally:
+        lock.release()
+    return None
+
+
+def write_part(source: ByteSource, plan: Plan, out: Path, way: Way, marks: Marks) -> None:
+    """Write the part `way.part` in a folder that `begin_parts` has made ready, perhaps on another machine."""
+    lock = Lock(out / STATE_FOLDER, way.part)
+    try:
+        _locked(source, plan, out, way, marks, lock, None)
+    finally:
+        lock.release()
 
 
 def _already_done(plan: Plan, out: Path, disk: Disk) -> Outcome:
@@ -266,10 +323,10 @@ def _window_size(source: Source, plan: Plan, most: int) -> int:
 
 
 def _files(
-    run_: file_writer.Run, source: Source, jobs: int, numbers: Sequence[int], lock: Lock, here: bool
+    run_: file_writer.Run, source: ByteSource, jobs: int, numbers: Sequence[int], lock: Lock, here: bool
 ) -> file_writer.Result:
     """Write files: in this process, or in several where it could not feed all cores."""
-    local = source.bytes if here and isinstance(source.bytes, LocalFiles) else None
+    local = source if here and isinstance(source, LocalFiles) else None
     found = division.divided(run_.plan, run_.cores, len(numbers), local is not None)
     if local is None or not found.apart:
         # Layers have to come in their order where they are rounded against what goes into them.
@@ -281,18 +338,21 @@ def _files(
     return Feeders(run_, numbers).write(setup, found.workers, lock.for_writers())
 
 
-def _locked(source: Source, plan: Plan, out: Path, way: Way, ending: Completion, lock: Lock) -> Outcome:
+def _locked(
+    source: ByteSource, plan: Plan, out: Path, way: Way, marks: Marks, lock: Lock, ending: Completion | None
+) -> Outcome:
+    """Write files under the lock; all of them and, by `ending`, what else the folder has, or those of a part."""
     state, part, disk = out / STATE_FOLDER, lock.part, way.disk
     numbers = range(len(plan.files)) if part is None else parts.files_of(plan, part)
     own = state if part is None else state / part.name
     most = way.window_bytes
-    window = PrefetchWindow(source.bytes, own, most, max(CONNECTIONS, way.jobs), disk) if most else None
-    sources = Sources(source.bytes, plan, window)
+    window = PrefetchWindow(source, own, most, max(CONNECTIONS, way.jobs), disk) if most else None
+    sources = Sources(source, plan, window)
     try:
         with disk_errors("writing", state):
             if part is not None and (state / PLAN_NAME).exists():
                 journal.check_same_plan(state, plan)
-            finished = journal.begin(disk, state, plan, sources.prints, ending.marks, part, numbers)
+            finished = journal.begin(disk, state, plan, sources.prints, marks, part, numbers)
             lock.share()
             disk.remove(state / CLEARING_NAME)
             disk.make_folder(own)
@@ -315,7 +375,7 @@ def _locked(source: Source, plan: Plan, out: Path, way: Way, ending: Completion,
             ) from e
         finally:
             log.close()
-        if part is not None:
+        if part is not None or ending is None:
             return Outcome(plan, out / MANIFEST_NAME, resumed, False, complete=False)
         with disk_errors("writing", out):
             ending.write(out, result, disk)

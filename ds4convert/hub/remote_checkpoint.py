@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ds4convert.checkpoint import headers
@@ -50,6 +51,10 @@ class RemoteFiles(ListedFiles):
         self._repo, self._folder = repo, folder
         self._begins: dict[str, int] = {}  # where data begin, of files whose header is in the cache
 
+    def __reduce__(self) -> tuple[Callable[[Repo], RemoteFiles], tuple[Repo]]:
+        """Return how another process reads the same commit: with a cache and a login of its own."""
+        return _read_again, (replace(self._repo, token=None),)
+
     def _missing(self, name: str) -> Ds4Error:
         if self._repo.cached_in is not None:
             return _not_cached(self._repo, f"no {name}")
@@ -75,6 +80,10 @@ class RemoteFiles(ListedFiles):
     def distrust(self, name: str) -> None:
         """Fetch a file from now on, whatever the Hub client's cache holds of it: its bytes were wrong."""
         cache.distrust(self._repo.name, self._repo.commit, name)
+
+
+def _read_again(repo: Repo) -> RemoteFiles:
+    return RemoteFiles(repo, _cache(repo))
 
 
 def origin(repo: Repo) -> Origin:

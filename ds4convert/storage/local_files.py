@@ -89,6 +89,10 @@ class LocalFiles(ByteSource):
         """Return files of one folder, called by their names in it."""
         return cls({name: (folder, name) for name in names})
 
+    def __reduce__(self) -> tuple[type[LocalFiles], tuple[dict[str, Place], int]]:
+        """Return how another process, wherever it runs, comes to the files of the same places."""
+        return type(self), ({n: (folder.absolute(), name) for n, (folder, name) in self.places.items()}, self._most)
+
     @classmethod
     def at(cls, path: Path) -> LocalFiles:
         """Return the one file at `path`, called by its name."""

@@ -4,61 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import subprocess
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ds4convert.execution.feeders.files_process import Order, Setup
+from ds4convert.execution.feeders.child import LAST, Child, Message
+from ds4convert.execution.feeders.files_process import Setup
 from ds4convert.execution.file_writer import Result, Run
-from ds4convert.execution.workers import has_ended, receive, send, started
+from ds4convert.execution.workers import has_ended
 
-Message = tuple[Any, ...]
+SERVE = "from ds4convert.execution.feeders.files_process import serve; serve()"
 LOOK_S = 0.2
 ENDING_S = 60
 """How long processes may take to sync what they have written when a run stops."""
-
-
-class _Process:
-    """One process; what it says is put into `heard` by a thread."""
-
-    def __init__(self, lock: int, heard: queue.SimpleQueue[tuple[_Process, Message]]) -> None:
-        self.process: subprocess.Popen[bytes] = started(
-            "from ds4convert.execution.feeders.files_process import serve; serve()", [lock]
-        )
-        self.over = False
-        self._heard = heard
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        while True:
-            try:
-                message = receive(self.process.stdout)
-            except Exception:  # the end, or the torn message of a process that was killed in it
-                message = ("gone",)
-            self._heard.put((self, message))
-            if message[0] in {"gone", "ended", "failed"}:
-                return
-
-    def order(self, what: Order | Setup) -> None:
-        """Send an order; one that has ended is heard of by its end."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            send(self.process.stdin, what)
-
-    def close(self) -> None:
-        """End the process, which has said its last or does not answer."""
-        if not self.over:
-            self.process.kill()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self.process.wait()
 
 
 class Feeders:
@@ -68,15 +28,15 @@ class Feeders:
         # The largest files first, so that no core is left with one in the end.
         self._todo = deque(sorted(numbers, key=lambda n: -run.plan.files[n].size))
         self._run = run
-        self._heard: queue.SimpleQueue[tuple[_Process, Message]] = queue.SimpleQueue()
-        self._processes: list[_Process] = []
+        self._heard: queue.SimpleQueue[tuple[Child, Message]] = queue.SimpleQueue()
+        self._processes: list[Child] = []
         self._ending = False
 
     def write(self, setup: Setup, workers: Iterable[int], lock: int) -> Result:
         """Write the files with a process for each share of workers. Raises what the first of them to fail raised."""
         try:
             shares = list(workers)
-            self._processes = [_Process(lock, self._heard) for _ in shares]
+            self._processes = [Child(SERVE, self._heard, [lock]) for _ in shares]
             for process, cores in zip(self._processes, shares, strict=True):
                 process.order(replace(setup, cores=cores))
             for _ in range(setup.jobs):
@@ -92,7 +52,7 @@ class Feeders:
                 process.close()
         return self._run.result
 
-    def _next(self, process: _Process) -> None:
+    def _next(self, process: Child) -> None:
         """Give a process its next file; when there is none left, tell all that no more will come."""
         if self._todo:
             process.order(self._todo.popleft())
@@ -101,10 +61,10 @@ class Feeders:
             for other in self._processes:
                 other.order("end")
 
-    def _hear(self, act: Callable[[_Process, str, tuple[Any, ...]], None]) -> None:
+    def _hear(self, act: Callable[[Child, str, tuple[Any, ...]], None]) -> None:
         with contextlib.suppress(queue.Empty):  # looks up now and then, so that a signal arrives
             process, (kind, *values) = self._heard.get(timeout=LOOK_S)
-            process.over |= kind in {"ended", "failed", "gone"}
+            process.over |= kind in LAST
             self._record(kind, tuple(values))
             act(process, kind, tuple(values))
 
@@ -116,7 +76,7 @@ class Feeders:
         elif kind == "file":
             self._run.journal.file(*values)
 
-    def _act(self, process: _Process, kind: str, values: tuple[Any, ...]) -> None:
+    def _act(self, process: Child, kind: str, values: tuple[Any, ...]) -> None:
         if kind == "progress":
             self._run.progress(*values)
         elif kind == "done":

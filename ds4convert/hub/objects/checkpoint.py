@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ds4convert.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint
 from ds4convert.checkpoint.source import Source, recognised
 from ds4convert.errors import EnvironmentFault, HeaderError, InputError
 from ds4convert.execution.threads import each
 from ds4convert.files import Disk, disk_errors
-from ds4convert.hub.objects.address import parse
-from ds4convert.hub.objects.store import AGAIN, ObjectFolder, listed, read_range
+from ds4convert.hub.objects.address import Address, parse
+from ds4convert.hub.objects.store import AGAIN, ObjectFolder, listed, opened, read_range
 from ds4convert.hub.records import ListedFiles, RemoteFile
 from ds4convert.planning.side_files import CARRIED
 from ds4convert.storage.safe_open import MAX_SMALL_BYTES
@@ -41,6 +42,10 @@ class ObjectFiles(ListedFiles):
         self._folder = folder
         self._firsts: dict[str, bytes] = {}
 
+    def __reduce__(self) -> tuple[Callable[[Address, tuple[RemoteFile, ...]], ObjectFiles], tuple[Any, ...]]:
+        """Return how another process reads the same objects, versions included: with rights of its own."""
+        return _read_again, (self._folder.address, self._folder.files)
+
     def fetch_firsts(self) -> None:
         """Fetch the beginning of all shards, several at a time."""
 
@@ -58,6 +63,10 @@ class ObjectFiles(ListedFiles):
 
     def _fetched(self, file: RemoteFile, start: int, n: int) -> Iterator[bytes]:
         return read_range(self._folder, file, start, n)
+
+
+def _read_again(address: Address, files: tuple[RemoteFile, ...]) -> ObjectFiles:
+    return ObjectFiles(ObjectFolder(address, files, opened(address)))
 
 
 def open_folder(src: str) -> ObjectFolder:

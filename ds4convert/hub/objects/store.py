@@ -55,7 +55,8 @@ class ObjectFolder:
         return [f for f in self.files if f.name.endswith(".safetensors") and belongs(f.name)]
 
 
-def _opened(address: Address) -> Any:
+def opened(address: Address) -> Any:
+    """Return obstore's store of an address, with the rights that the environment has."""
     try:
         from obstore import store
     except ImportError:
@@ -77,7 +78,7 @@ def _opened(address: Address) -> Any:
 
 def listed(address: Address) -> ObjectFolder:
     """Return a folder of a store with its files. Raises `InputError` where it holds none."""
-    store = _opened(address)
+    store = opened(address)
     import obstore
 
     with _told(str(address), address):
