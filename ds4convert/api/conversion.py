@@ -123,16 +123,9 @@ class ConversionPlan:
         """Return what each part reads, writes and costs where `count` machines share the work (`part` of `convert`)."""
         if not isinstance(count, int) or not 1 <= count <= division.MOST_PARTS:
             raise UsageError(f"--parts {count!r}: expected 1 to {division.MOST_PARTS:,}")
-        self.check_divisible()
+        _check_divisible(self.options)
         return division.shares(self.prepared.plan, count)
 
-    def check_divisible(self, cluster: bool = False) -> None:
-        """Raise `UsageError` where the plan cannot be carried out in parts."""
-        if self.options.is_compensated:
-            raise UsageError(
-                "--rounding compensated goes through the model layer by layer, so it stays on one machine: leave out "
-                + ("--cluster" if cluster else "the parts")
-            )
 
     def as_json(self, full: bool = False, parts: int | None = None) -> JSON:
         """Return the document of `plan`; `full` adds every step and byte range, `parts` a division in so many."""
@@ -220,6 +213,9 @@ def convert(
     start, listener, target = time.monotonic(), Listener(progress, say), Path(out)
     check_here(out)
     how, of_plan = apart(RunOptions, choices)
+    if how.part is not None or how.cluster is not None:
+        given = source.options if isinstance(source, ConversionPlan) else combined(ConversionOptions, options, of_plan)
+        _check_divisible(given, "the parts" if how.cluster is None else "--cluster")
     if isinstance(source, ConversionPlan):
         made = _again(source, options, of_plan, target)
     else:
@@ -230,12 +226,19 @@ def convert(
         if how.window is not None and not is_remote(source):
             listener.warn("--window has no effect here; it is for a SRC on the Hub or in an object store")
         made = _planned(prepare(source, None, settled, listener), settled, target)
-    if how.part is not None or how.cluster is not None:
-        made.check_divisible(how.cluster is not None)
     share = None if how.part is None else division.share(made.prepared.plan, how.part)
     outcome = _carried_out(made, target, how, share, listener)
     manifest, seconds = outcome.manifest if outcome.complete else None, time.monotonic() - start
     return Conversion(made, target, manifest, outcome.resumed, outcome.already_done, seconds, share)
+
+
+def _check_divisible(options: ConversionOptions, asked: str = "the parts") -> None:
+    """Raise `UsageError` where a plan with these options cannot be carried out in parts."""
+    if options.is_compensated:
+        raise UsageError(
+            "--rounding compensated goes through the model layer by layer, so it stays on one machine: leave out "
+            f"{asked}"
+        )
 
 
 def _warn_of_unused(unused: Mapping[str, str], choices: Mapping[str, object], listener: Listener) -> None:
