@@ -126,7 +126,6 @@ class ConversionPlan:
         _check_divisible(self.options)
         return division.shares(self.prepared.plan, count)
 
-
     def as_json(self, full: bool = False, parts: int | None = None) -> JSON:
         """Return the document of `plan`; `full` adds every step and byte range, `parts` a division in so many."""
         facts = {**self.facts, "seconds_estimate": round(self.forecast())}
@@ -296,7 +295,7 @@ def _on_cluster(made: ConversionPlan, out: Path, way: run.Way, address: str, lis
 
     source, plan_, ending = made.prepared.source, made.prepared.plan, made.prepared.ending
     assert source is not None
-    voice = parts.Voice(listener.note, listener.warn)
+    voice = parts.Voice(listener.detail, listener.note, listener.warn)
     with listener.counting("converting", made.output_bytes) as count:
         begun = parts.write(source, plan_, out, replace(way, progress=count), address, voice, ending)
     if begun.complete:

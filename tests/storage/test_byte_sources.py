@@ -6,6 +6,7 @@ import gc
 import hashlib
 import itertools
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,3 +215,21 @@ def test_a_source_may_be_closed_while_others_read_from_it(make: Make) -> None:
         waiting = [pool.submit(reading, n) for n in range(8)]
         case.source.close()
         assert all(f.result() for f in waiting)
+
+
+@pytest.mark.parametrize("make", ["local", "hub", "hub and local"], indirect=True)
+def test_a_source_that_is_sent_to_another_process_reads_the_same_files_and_takes_no_token_along(
+    make: Make, one_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(contents()).source
+    sent = pickle.dumps(source)
+    assert one_hub.token.encode() not in sent
+    monkeypatch.setenv("HF_TOKEN", one_hub.token)
+    monkeypatch.chdir("/")
+    there = pickle.loads(sent)
+    try:
+        for name in (LARGE, SMALL):
+            assert there.read(name, 3, 7) == source.read(name, 3, 7) and there.size(name) == source.size(name)
+            assert there.fingerprint(name) == source.fingerprint(name) and there.digest(name) == source.digest(name)
+    finally:
+        there.close()

@@ -55,6 +55,7 @@ SAFE = "What is finished is safe: run the same command again, with --cluster or 
 class Voice:
     """How a run tells the user, in a sentence each, what happens on the cluster."""
 
+    detail: Callable[[str], None]
     note: Callable[[str], None]
     warn: Callable[[str], None]
 
@@ -128,12 +129,22 @@ class Link:
             )
         return found
 
-    def work(self, job: Job, look: Callable[[], None]) -> None:
-        """Have parts written; `look` is called now and then. Raises what a part, or the cluster, failed with."""
+    def work(self, job: Job, look: Callable[[], None]) -> float:
+        """Have parts written; `look` is called now and then. Raises what a part, or the cluster, failed with.
+
+        Returns the seconds of processor time that the process which talks to Ray took for it.
+        """
         self._child.order(job)
-        while not self.hear(lambda kind, values: kind == "ended"):
+        took: list[float] = []
+
+        def act(kind: str, values: tuple[Any, ...]) -> bool:
+            took.extend(values if kind == "took" else ())
+            return kind == "ended"
+
+        while not self.hear(act):
             look()
         look()
+        return sum(took)
 
     def hear(self, act: Callable[[str, tuple[Any, ...]], bool]) -> bool:
         """Take in a message if there is one; return what `act` does."""
@@ -247,8 +258,12 @@ def _written(
         journals = Journals(plan, state, [s.part for s in todo], way.progress)
         journals.count(set(earlier.steps))
         if todo:
-            packed = pickle.dumps(work, pickle.HIGHEST_PROTOCOL)
-            link.work(Job(packed, tuple(s.part.number for s in todo), cores), journals.look)
+            before, packed = time.process_time(), pickle.dumps(work, pickle.HIGHEST_PROTOCOL)
+            there = link.work(Job(packed, tuple(s.part.number for s in todo), cores), journals.look)
+            took = time.process_time() - before + there
+            voice.detail(
+                f"handing out {len(todo)} parts took {took:.2f} s of processor time here, {took / len(todo):.3f} s each"
+            )
     finally:
         lock.release()
     return Outcome(plan, out, bool(earlier.steps or earlier.files), False, complete=False)

@@ -260,7 +260,9 @@ def _serve(source: IO[bytes], say: Callable[..., None]) -> None:
         orders = _Orders(source, scheduler.stop)
         say("machines", tuple(scheduler.prove()))
         if (job := orders.job()) is not None:
+            before = time.process_time()
             scheduler.run(job)
+            say("took", time.process_time() - before)
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()  # which ends the workers that this run has on all machines

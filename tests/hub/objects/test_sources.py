@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 
 import ds4convert as ds4
+from ds4convert.api.opening import source_of
 from ds4convert.hub.objects import address
 from tests import support_run as s
 from tests.hub.objects.conftest import DENIED, S3, SLOW_DOWN, Answer
@@ -56,6 +59,19 @@ def test_parts_read_from_a_store_make_the_same_folder(stored: str, whole: dict[s
         ds4.convert(stored, tmp_path / "out", part=f"{number}/2", **OPTIONS)
     done = ds4.convert(stored, tmp_path / "out", **OPTIONS)
     assert done.resumed and s.contents(tmp_path / "out") == whole
+
+
+def test_a_source_that_is_sent_to_another_process_reads_the_listed_version_with_rights_of_its_own(
+    s3: S3, stored: str, source: Path
+) -> None:
+    files = source_of(stored).bytes
+    sent = pickle.dumps(files)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in sent
+    there, name = pickle.loads(sent), shards(source)[0].name
+    assert there.read(name, 100, 1000) == (source / name).read_bytes()[100:1100]
+    assert s3.request("PUT", f"/{stored.removeprefix('s3://')}/{name}", (source / name).read_bytes()[::-1]) == 200
+    with pytest.raises(ds4.EnvironmentFault, match="was changed while it was read"):
+        there.read(name, 100, 1000)
 
 
 def test_an_object_that_changed_since_it_was_listed_is_refused(
