@@ -3,10 +3,10 @@
     python benchmarks/cluster_speed.py [--experts 64] [--layers 2] [--rounds 1] [--folder DIR]
 
 Needs the extra `ray`. A checkpoint of Flash's matrices (few layers and experts, a small vocabulary) is converted with
-`--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one and of two machines with a core
-each, on this computer. Ways take turns in every round. Prints the median of each: seconds until all files are
-written, and with the ending run; speed-up of the first; and for the cluster the processor time of handing out a part. All
-folders are compared.
+`--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one and of two machines with a
+core each, on this computer. Ways take turns in every round. Prints the median of each: seconds until all files are
+written, and with the ending run; speed-up of the first; and for the cluster the processor time of handing out a part.
+All folders are compared.
 """
 
 from __future__ import annotations
@@ -121,9 +121,8 @@ def main() -> None:
                 assert digests(out) == known, name
                 subprocess.run(["rm", "-r", str(out)], check=True)
         base = statistics.median(written for written, _, _ in times["one core"])
-        print(
-            "| way | files written, s | with the ending run, s | speed-up | handing out |\n| --- | --- | --- | --- | --- |"
-        )
+        print("| way | files written, s | with the ending run, s | speed-up | handing out |")
+        print("| --- | --- | --- | --- | --- |")
         for name, found in times.items():
             written, whole = (statistics.median(f[n] for f in found) for n in (0, 1))
             print(f"| {name} | {written:.1f} | {whole:.1f} | {base / written:.2f} | {found[-1][2] or '-'} |")

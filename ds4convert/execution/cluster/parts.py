@@ -251,9 +251,10 @@ def _written(
         work = Work(
             plan, _absolute(out), source.bytes, found.ending.marks, way.importance, window, cores, count, way.disk
         )
+        all_cores = sum(m.cpus for m in machines)
         voice.note(
-            f"cluster: {len(machines)} machine{'s' if len(machines) > 1 else ''} with {sum(m.cpus for m in machines)} "
-            f"cores, {len(todo)} parts to write, {cores} core{'s' if cores > 1 else ''} each"
+            f"cluster: {_number(len(machines), 'machine')} with {_number(all_cores, 'core')}, "
+            f"{_number(len(todo), 'part')} to write, {_number(cores, 'core')} each"
         )
         journals = Journals(plan, state, [s.part for s in todo], way.progress)
         journals.count(set(earlier.steps))
@@ -267,6 +268,10 @@ def _written(
     finally:
         lock.release()
     return Outcome(plan, out, bool(earlier.steps or earlier.files), False, complete=False)
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _absolute(out: Path) -> Path:

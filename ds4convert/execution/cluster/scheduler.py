@@ -249,6 +249,9 @@ def _serve(source: IO[bytes], say: Callable[..., None]) -> None:
     setup: Setup = receive(source)
     import ray
 
+    os.chdir(
+        "/"
+    )  # Ray has all workers import from the folder that it is started in, which may be a stranger's checkpoint
     try:
         ray.init(address=setup.address, log_to_driver=False, configure_logging=False)
     except Exception as e:  # of many kinds: a cluster of another version, a machine that is not of the cluster, ...

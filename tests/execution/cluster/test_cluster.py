@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from tests.execution.cluster.running import Cluster, begun, ended, until
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the machines are told apart by Linux's /proc"),
     pytest.mark.slow,
 ]
 
@@ -30,9 +32,9 @@ WORDS = ("--recipe", "q2", "--max-shard-size", "8MB")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 100 MB: a second of work for each of its files, so that there is time to kill who writes it."""
+    """A checkpoint of 50 MB: a second of work for each of its files, so that there is time to kill who writes it."""
     folder = tmp_path_factory.mktemp("cluster") / "source"
-    return s.tiny(folder, layers=3, experts=128, moe_intermediate_size=512)
+    return s.tiny(folder, layers=3, experts=64, moe_intermediate_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ def test_a_killed_worker_and_a_killed_machine_cost_the_user_nothing(
     assert not two.rounding() and machine == 3
 
 
+@pytest.mark.nightly
 def test_a_nan_in_a_scale_ends_the_run_as_it_does_without_a_cluster(source: Path, two: Cluster, tmp_path: Path) -> None:
     bad = s.copied(source, tmp_path / "bad")
     put_nan(bad)
@@ -161,7 +164,7 @@ def test_machines_of_another_kind_are_refused_by_name_and_the_others_do_the_work
 ) -> None:
     other, changed = running.other_arithmetic(tmp_path / "a"), running.changed_package(tmp_path / "b")
     found, out = own(other, changed), tmp_path / "out"
-    told = ended(quantize(source, out, found), 4)
+    told = ended(quantize(source, out, found), 4)  # this run's folder has the whole package, which they must not take
     assert told.count("takes no part") == 2
     assert "rounds to other bytes: fp4 to" in told and "has other code than the run's" in told
     assert "no machine there can take part" in told and not out.exists()
