@@ -166,7 +166,11 @@ def test_machines_of_another_kind_are_refused_by_name_and_the_others_do_the_work
     found, out = own(other, changed), tmp_path / "out"
     told = ended(quantize(source, out, found), 4)  # this run's folder has the whole package, which they must not take
     assert told.count("takes no part") == 2
-    assert "rounds to other bytes: fp4 to" in told and "has other code than the run's" in told
+    assert (
+        "rounds to other bytes: bf16 to" in told
+        and "fp4 to affine-2" in told
+        and "has other code than the run's" in told
+    )
     assert "no machine there can take part" in told and not out.exists()
     found.add()
     told = ended(quantize(source, out, found), 0)

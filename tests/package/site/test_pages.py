@@ -24,6 +24,7 @@ ELSEWHERE = {
     *("--draft-model", "--draft-block-size"),  # mlx-vlm
     *("--trust-remote-code",),  # mlx-lm
     *("--mtp-model", "--q-bits"),  # ds4; mlx_vlm.convert
+    *("--num-cpus",),  # ray start
 }
 """Options of other programs, which pages name."""
 
