@@ -1,10 +1,10 @@
 """One conversion by one core and by two: by parts side by side, and by the machines of a Ray cluster.
 
-    python benchmarks/cluster_speed.py [--experts 64] [--layers 2] [--rounds 1] [--folder DIR]
+    python benchmarks/cluster_speed.py [--config flash] [--experts 64] [--layers 2] [--rounds 1] [--folder DIR]
 
-Needs the extra `ray`. A checkpoint of Flash's matrices (few layers and experts, a small vocabulary) is converted with
-`--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one and of two machines with a
-core each, on this computer. Ways take turns in every round. Prints the median of each: seconds until all files are
+Needs the extra `ray`. A checkpoint of Flash's matrices, or of another config's (few layers and experts, a small
+vocabulary), is converted with `--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one
+and of two machines with a core each, on this computer. Ways take turns in every round. Prints the median of each: seconds until all files are
 written, and with the ending run; speed-up of the first; and for the cluster the processor time of handing out a part.
 All folders are compared.
 """
@@ -28,7 +28,7 @@ from ds4convert.checkpoint.config import named_config
 from ds4convert.demo import synth
 
 PROGRAM = [sys.executable, "-m", "ds4convert"]
-RECIPE = ("--recipe", "q2", "--max-shard-size", "60MB", "--jobs", "1")
+RECIPE = ["--recipe", "q2", "--jobs", "1", "--max-shard-size", "20MB"]
 HANDED = re.compile(r"handing out (\d+) parts took ([\d.]+) s")
 
 
@@ -93,6 +93,7 @@ def cluster(machines: int) -> tuple[object, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="flash")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
@@ -100,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        raw = named_config("flash")
+        raw = named_config(options.config)
         assert raw is not None
         config = synth.shrink(json.loads(raw) | {"vocab_size": 8192}, options.layers, options.experts, None)
         synth.write(config, folder / "source")
