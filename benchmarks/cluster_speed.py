@@ -4,9 +4,9 @@
 
 Needs the extra `ray`. A checkpoint of Flash's matrices, or of another config's (few layers and experts, a small
 vocabulary), is converted with `--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one
-and of two machines with a core each, on this computer. Ways take turns in every round. Prints the median of each: seconds until all files are
-written, and with the ending run; speed-up of the first; and for the cluster the processor time of handing out a part.
-All folders are compared.
+and of two machines with a core each, on this computer. Ways take turns in every round. Prints the median of each:
+seconds until all files are written, and with the ending run; speed-up of the first; and for the cluster the processor
+time of handing out a part. All folders are compared.
 """
 
 from __future__ import annotations
