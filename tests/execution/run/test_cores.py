@@ -14,7 +14,7 @@ import pytest
 import ds4convert as ds4
 from ds4convert.errors import EnvironmentFault, ValueFault
 from ds4convert.execution import workers
-from ds4convert.execution.feeders import parent
+from ds4convert.execution.feeders import child, parent
 from ds4convert.execution.feeders.division import divided
 from ds4convert.execution.file_writer import FileWriter
 from ds4convert.execution.locking import Lock
@@ -113,7 +113,7 @@ def test_a_process_that_is_killed_ends_the_run_and_the_next_goes_on(
 ) -> None:
     real, killed = parent.Feeders._act, []
 
-    def act(self: parent.Feeders, process: parent._Process, kind: str, values: tuple[object, ...]) -> None:
+    def act(self: parent.Feeders, process: child.Child, kind: str, values: tuple[object, ...]) -> None:
         real(self, process, kind, values)
         if kind == "done" and not killed:
             killed.append(process.process.pid)
@@ -148,16 +148,16 @@ def test_a_run_that_is_stopped_leaves_no_process_and_keeps_what_is_finished(
     source: Path, whole: dict[str, str], tmp_path: Path, divisible: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids: list[int] = []
-    real = parent._Process.__init__
+    real = child.Child.__init__
 
-    def noted(self: parent._Process, *args: object) -> None:
+    def noted(self: child.Child, *args: object) -> None:
         real(self, *args)  # type: ignore[arg-type]
         pids.append(self.process.pid)
 
     def progress(n: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parent._Process, "__init__", noted)
+    monkeypatch.setattr(child.Child, "__init__", noted)
     with pytest.raises(KeyboardInterrupt):
         s.run(source, tmp_path / "out", cores=2, progress=progress, **OPTIONS)
     assert len(pids) == 2
