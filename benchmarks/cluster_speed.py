@@ -1,6 +1,7 @@
 """One conversion by one core and by two: by parts side by side, and by the machines of a Ray cluster.
 
-    python benchmarks/cluster_speed.py [--config flash] [--experts 64] [--layers 2] [--rounds 1] [--folder DIR]
+    python benchmarks/cluster_speed.py [--config flash] [--experts 64] [--layers 2] [--shard 60MB]
+        [--rounds 1] [--folder DIR]
 
 Needs the extra `ray`. A checkpoint of Flash's matrices, or of another config's (few layers and experts, a small
 vocabulary), is converted with `--recipe q2 --cores 1`; in two parts at once, each with one core; and on clusters of one
@@ -28,7 +29,7 @@ from ds4convert.checkpoint.config import named_config
 from ds4convert.demo import synth
 
 PROGRAM = [sys.executable, "-m", "ds4convert"]
-RECIPE = ["--recipe", "q2", "--jobs", "1", "--max-shard-size", "20MB"]
+RECIPE = ["--recipe", "q2", "--jobs", "1", "--max-shard-size", "60MB"]
 HANDED = re.compile(r"handing out (\d+) parts took ([\d.]+) s")
 
 
@@ -96,9 +97,11 @@ def main() -> None:
     parser.add_argument("--config", default="flash")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--shard", default=RECIPE[-1])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    RECIPE[-1] = options.shard
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         raw = named_config(options.config)
