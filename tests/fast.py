@@ -28,8 +28,9 @@ FILES = {
     "package": ["test_architecture.py", "test_docs.py", "test_tiers.py", "site/test_pages.py"],
     "planning": ["recipes/test_recipes.py"],
     "serving": ["test_fields.py", "test_replies.py"],
-    "storage": ["test_wrappers.py"],
+    "storage": ["test_wrappers.py", "test_strict_json.py", "test_local_files.py", "untrusted/test_fields.py"],
     "verification": ["test_verify_strays.py"],
+    "words": ["test_figures.py", "test_macs.py", "test_said_elsewhere.py", "test_terminal.py"],
 }
 """By folder of tests/."""
 
