@@ -12,7 +12,7 @@ FILES = {
     "api": ["test_surface.py", "test_conversion.py"],
     "checkpoint": ["test_config.py", "test_headers.py", "test_inventory.py"],
     "cli": ["terminal/test_advice.py"],
-    "converted": ["losses/test_losses.py"],
+    "converted": ["losses/test_losses.py", "test_grouping.py", "test_matching.py", "test_config_unlike.py"],
     "demo": ["test_demo_checkpoint.py"],
     "derive": ["test_requantize.py"],
     "evaluate": ["layerwise/test_dspark_layerwise.py"],

@@ -181,7 +181,7 @@ def test_a_read_that_fails_names_file_and_range(
 def test_a_name_that_is_not_listed_is_missing_even_if_there_is_such_a_file(folder: Path) -> None:
     files = LocalFiles.of(folder, ["f0"])
     for ask in (files.size, files.folder, files.fingerprint):
-        with pytest.raises(HeaderError, match="^f1: the file is missing; download it again$"):
+        with pytest.raises(HeaderError, match=r"^f1: the file is missing; download it again$"):
             ask("f1")
     files.close()
 
@@ -251,5 +251,5 @@ def test_a_view_is_filled_by_pieces_of_any_size_or_the_end_is_told() -> None:
     view = bytearray(5)
     fill(memoryview(view), "a", 10, [b"ab", b"", b"cde"])
     assert view == b"abcde"
-    with pytest.raises(HeaderError, match="^a: ends before byte 15; the file is being changed, or is truncated$"):
+    with pytest.raises(HeaderError, match=r"^a: ends before byte 15; the file is being changed, or is truncated$"):
         fill(memoryview(view), "a", 10, [b"abcd"])

@@ -92,14 +92,22 @@ def test_a_column_is_not_made_narrower_than_a_dozen_characters(narrow: None) -> 
     assert [len(d) for d in dashes.split("  ")] == [12, 12, 12], "wider than the terminal, as nothing is left to give"
 
 
-def test_a_table_that_just_fits_is_left_as_it_is() -> None:
-    rows = [("word word", "another word")]
-    whole = figures.table(("a", "b"), rows)
-    token = figures.WIDTH.set(len("word word  another word"))
+@pytest.mark.parametrize(("columns", "widths"), [(33, [15, 16]), (34, [15, 16]), (32, [15, 15]), (31, [14, 15])])
+def test_a_table_that_just_fits_is_left_as_it_is_and_else_gives_a_column_at_a_time(
+    columns: int, widths: list[int]
+) -> None:
+    """Columns of 15 and 16 characters with two between them take 33; the wider one gives way first, of two alike the first."""
+    token = figures.WIDTH.set(columns)
     try:
-        assert figures.table(("a", "b"), rows) == whole
+        told = figures.table(("a", "b"), [("word word word1", "another word too")])
     finally:
         figures.WIDTH.reset(token)
+    assert [len(d) for d in told.split("\n")[1].split("  ")] == widths
+
+
+def test_a_cell_that_fits_keeps_its_blanks_and_a_word_is_not_cut_at_its_hyphen(narrow: None) -> None:
+    told = figures.table(("a", "b"), [("x  y", "some words to-be-wrapped-here and more of them")])
+    assert told.split("\n")[2].startswith("x  y  ") and "to-be-wrapped-here" in told
 
 
 cells = st.text("ab c-", max_size=30)

@@ -59,7 +59,7 @@ def test_a_stream_escapes_what_is_written_and_is_else_the_one_behind_it() -> Non
     assert stream.write("a\x1bb\n") == 4, "as many characters as were given, not as many as came of them"
     stream.writelines(["c\r", "d"])
     assert behind.getvalue() == "a\\x1bb\nc\\rd" and stream.getvalue() == behind.getvalue()
-    assert not stream.closed
+    assert not stream.closed and terminal.plain(stream) is behind and terminal.plain(behind) is behind  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
