@@ -26,7 +26,7 @@ FILES = {
     "inference": ["test_layers.py", "test_decode_control_flow.py", "chat/test_chat_vectors.py"],
     "local_hub": ["test_switches.py"],
     "package": ["test_architecture.py", "test_docs.py", "test_tiers.py", "site/test_pages.py"],
-    "planning": ["recipes/test_recipes.py"],
+    "planning": ["recipes/test_recipes.py", "recipes/test_rules.py", "test_encodings.py", "test_layouts.py", "test_shards.py"],
     "serving": ["test_fields.py", "test_replies.py"],
     "storage": ["test_wrappers.py", "test_strict_json.py", "test_local_files.py", "untrusted/test_fields.py"],
     "verification": ["test_verify_strays.py"],
