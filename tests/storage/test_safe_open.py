@@ -177,6 +177,9 @@ def test_a_snapshot_is_read_through_its_own_links_and_no_others(cache: Path, tmp
     assert read_small(snapshot, "config.json") == b"a1"
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / GIT).write_bytes(b"other")
+    (cache / "blobs" / "by-another-name").write_bytes(b"etag")
+    (snapshot / "old").symlink_to("../../blobs/by-another-name")
+    assert read_small(snapshot, "old") == b"etag", "any file of its own blobs"
     (snapshot / "evil").symlink_to(tmp_path / "blobs" / GIT)
     assert "leads out of the folder" in refusal(snapshot, "evil")
 
@@ -193,6 +196,9 @@ def test_another_folder_may_link_to_a_blob_under_the_name_that_a_snapshot_has_fo
     assert "leads out of the folder" in refusal(mine, "other.json")
     assert "leads out of the folder" in refusal(mine, "stray")
     assert resolve_inside(mine, "config.json") == cache / "blobs" / GIT
+    with pytest.raises(HeaderError) as caught:
+        resolve_inside(mine, "stray")
+    assert caught.value.file == "stray"
 
 
 def test_a_cache_without_snapshots_lends_nothing(tmp_path: Path) -> None:
