@@ -143,10 +143,10 @@ def test_a_file_that_was_closed_for_others_and_changed_meanwhile_is_not_read_on(
     files.read("f1", 0, 1)
     files.read("f2", 0, 1)
     (folder / "f0").write_bytes(b"x")
-    opened = len(os.listdir("/dev/fd"))
+    opened = len([*Path("/dev/fd").iterdir()])
     with pytest.raises(SourceChanged, match=r"\(1 bytes, 200 before\)"):
         files.read("f0", 0, 1)
-    assert len(os.listdir("/dev/fd")) < opened, "the changed file is closed again, and one was closed for it"
+    assert len([*Path("/dev/fd").iterdir()]) < opened, "the changed file is closed again, and one was closed for it"
 
 
 def test_the_change_says_what_to_do_and_passes_between_processes() -> None:
