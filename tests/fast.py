@@ -10,7 +10,14 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 FILES = {
     "api": ["test_surface.py", "test_conversion.py"],
-    "checkpoint": ["test_config.py", "test_headers.py", "test_inventory.py"],
+    "checkpoint": [
+        "published/test_zeros_and_strangers.py",
+        "families/test_parts_of_a_family.py",
+        "test_compare_values.py",
+        "test_config.py",
+        "test_headers.py",
+        "test_inventory.py",
+    ],
     "cli": ["terminal/test_advice.py"],
     "converted": ["losses/test_losses.py", "test_grouping.py", "test_matching.py", "test_config_unlike.py"],
     "demo": ["test_demo_checkpoint.py"],
