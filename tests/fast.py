@@ -34,6 +34,7 @@ FILES = {
     "local_hub": ["test_switches.py"],
     "package": ["test_architecture.py", "test_docs.py", "test_tiers.py", "site/test_pages.py"],
     "planning": [
+        "test_build.py",
         "recipes/test_recipes.py",
         "recipes/test_rules.py",
         "test_encodings.py",
