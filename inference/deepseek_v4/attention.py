@@ -156,6 +156,8 @@ class Attention(nn.Module):
     5).
     """
 
+    attend = staticmethod(attend)
+
     def __init__(self, args: ModelArgs, layer: int, rope: Rope) -> None:
         super().__init__()
         self.heads, self.width, self.groups = args.num_attention_heads, args.head_dim, args.o_groups
@@ -186,7 +188,7 @@ class Attention(nn.Module):
         for start in range(0, step.length, size):
             end = min(start + size, step.length)
             parts = [window.keys(start, end), *self._entries(index, cache, step, start, end)]
-            blocks.append(attend(queries[:, start:end], parts, self.attn_sink))
+            blocks.append(self.attend(queries[:, start:end], parts, self.attn_sink))
         cache.advance(step.length)
         output = blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=1)
         return self._project(rotate(output, step.table(self.rope), inverse=True))
