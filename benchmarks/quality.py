@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from held_out import Figure, Logits, Measured, Texts, mean, measured, ratio
+from held_out import CHAPTERS, Figure, Logits, Measured, Texts, mean, measured, ratio
 
 from ds4convert.api.calibrating import calibrate
 from ds4convert.checkpoint.source import Source, open_source
@@ -44,7 +45,7 @@ from ds4convert.planning import build
 from ds4convert.planning.build import make_plan
 from ds4convert.planning.encodings import ENCODERS
 from ds4convert.planning.layouts import layout_of
-from ds4convert.planning.recipes import Recipe, Rule, recipe_of
+from ds4convert.planning.recipes import Recipe, Rule, recipe_of, recipes
 
 DEMO = Path(__file__).resolve().parent.parent / "manifests" / "demo"
 ROUNDINGS = ("nearest", "optimal", COMPENSATED)
@@ -172,14 +173,16 @@ class Bench:
 class Case:
     """One conversion: its name, the case that its KL is compared with, the gate of that ratio, how it is made.
 
-    `heads` chapters are for the head's drafts.
+    `heads`: the head's drafts are counted; `group` is the table that it stands in.
     """
 
     name: str
     to: str
     gate: float | None
     make: Callable[[Bench, Path], None]
-    heads: int = 0
+    heads: bool = False
+    chapters: int = CHAPTERS
+    group: str = "Roundings and recipes"
 
 
 def _plain(recipe: Recipe, rounding: str, **text: object) -> Callable[[Bench, Path], None]:
@@ -196,19 +199,24 @@ SIZES = {"2 bits": 2, "3 bits": 3, "q2": 0, "4 bits": 4, "q3": 0}
 
 def cases() -> Iterator[Case]:
     """Yield every case, those that others are compared with first."""
+    yield Case("native", "", None, _plain(recipe_of("native"), "optimal"), True)
     for name, recipe in (UNIFORM | RECIPES).items():
         for rounding in ("optimal", "nearest", COMPENSATED):
             to = "" if rounding == "optimal" else f"{name}, optimal"
             gate = GATES.get(name) if rounding == COMPENSATED else None
-            yield Case(f"{name}, {rounding}", to, gate, _plain(recipe, rounding), 40)
+            yield Case(f"{name}, {rounding}", to, gate, _plain(recipe, rounding), True)
     for name in ("q8", "q6"):
-        yield Case(f"{name}, optimal", "", None, _plain(recipe_of(name), "optimal"), 40)
+        yield Case(f"{name}, optimal", "", None, _plain(recipe_of(name), "optimal"), True)
     for name, gate in STARVED_GATES.items():
         make = _plain(RECIPES[name], COMPENSATED, tokens=DENSE_TOKENS, experts=EXPERT_TOKENS)
         yield Case(f"{name}, starved experts, {COMPENSATED}", f"{name}, optimal", gate, make)
-    yield from _fit_cases()
-    yield from _expert_cases()
-    yield from _dspark_cases()
+    groups = {
+        "Fitted to the bytes of other folders": _fit_cases(),
+        "Bits of experts alone": _expert_cases(),
+        "Heads": _head_cases(),
+    }
+    for group, found in groups.items():
+        yield from (replace(case, group=group) for case in found)
 
 
 def _fit_cases() -> Iterator[Case]:
@@ -250,17 +258,17 @@ def _expert_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _dspark_cases() -> Iterator[Case]:
+def _head_cases() -> Iterator[Case]:
     for name, recipe in UNIFORM.items():
         for rounding in ROUNDINGS:
             yield Case(
                 f"dspark, {name}, {rounding}", "", None,
-                lambda b, out, r=recipe, how=rounding: b.convert(r, how, out, folder=b.dspark), DSPARK_CHAPTERS,
+                lambda b, out, r=recipe, how=rounding: b.convert(r, how, out, folder=b.dspark), True, DSPARK_CHAPTERS,
             )  # fmt: skip
     for bits in (2, 3, 4):
         recipe = recipe_of("native").overridden(None, None, f"affine-{bits}-g64")
         for rounding in ROUNDINGS:
-            yield Case(f"head {bits} bits, {rounding}", "", None, _plain(recipe, rounding), 40)
+            yield Case(f"head {bits} bits, {rounding}", "", None, _plain(recipe, rounding), True)
 
 
 class Results:
@@ -286,7 +294,7 @@ def tried(bench: Bench, case: Case, source: Logits) -> Measured:
     began, children = time.process_time(), os.times().children_user
     case.make(bench, out)
     spent = time.process_time() - began + os.times().children_user - children
-    rows = bench.texts.rows if case.heads != DSPARK_CHAPTERS else bench.texts.rows[:DSPARK_CHAPTERS]
+    rows = bench.texts.rows[: case.chapters]
     found = measured(out, rows, source[: len(rows)], case.heads)
     found.seconds = (spent, found.seconds[1])
     shutil.rmtree(out)
@@ -302,26 +310,32 @@ def compared(case: Case, found: Mapping[str, Measured]) -> Figure | None:
     return ratio(found[case.name].kl, [sum(c) / len(c) for c in columns])
 
 
+TITLES = {"2 bits": "backbone affine-2-g64", "3 bits": "backbone affine-3-g64", "4 bits": "backbone affine-4-g64"}
+
+
 def line(case: Case, found: Mapping[str, Measured]) -> str:
     """Return a row of the table."""
     r, of = found[case.name], found["native"]
-    to, how = compared(case, found), ""
+    to, met = compared(case, found), ""
     if to is not None and case.gate is not None:
-        how = f"at most {case.gate}: {'met' if to.mean <= case.gate else 'not met'}"
-    kl, same = mean(r.kl), mean(r.same)
-    worse = mean([a - b for a, b in zip(r.nll, of.nll, strict=False)])
+        met = f"{case.gate}, {'met' if to.mean <= case.gate else 'not met'}"
+    what, _, rounding = case.name.rpartition(", ")
+    if rounding not in ROUNDINGS:
+        what, rounding = case.name, "optimal"
+    what = f"recipe {what}" if what in recipes() and what != "native" else TITLES.get(what, what)
+    kl, worse = mean(r.kl), mean([a - b for a, b in zip(r.nll, of.nll, strict=False)])
     drafts = f"{sum(r.accepted) / sum(r.drafts):.1%}" if r.drafts else ""
-    ppl = f"x {2.718281828459045**worse.mean:.4f}"
-    versus = f"{to.said(3)} ({case.to})" if to else ""
+    shown = f"{kl.mean:.3g}" if kl.mean > 1e-9 else "0"
     return (
-        f"| {case.name} | {r.size / 1e6:.3f} | {kl.mean:.5f} +- {kl.error:.5f} | {versus} | {how} | {ppl} | "
-        f"{same.mean:.1%} | {drafts} | {r.seconds[0]:.0f}, {r.seconds[1]:.0f} |"
+        f"| {what} | {rounding} | {math.exp(mean(r.nll).mean):.3f} | {shown} | {mean(r.same).mean:.1%} | {drafts} | "
+        f"{r.size / 1e6:.3f} MB | {kl.error:.2g} | x {math.exp(worse.mean):.4f} | "
+        f"{f'{to.said(3)} of {case.to}' if to else ''} | {met} |"
     )
 
 
 HEADER = (
-    "| what | MB | KL, nats per token | to | gate | perplexity | same choice | drafts accepted | seconds |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| what | rounding | perplexity | KL from source, nats | same choice | drafts accepted | size | KL +- | perplexity "
+    "to source | KL to another | gate |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -346,10 +360,11 @@ def main() -> None:
                 logits = _source(bench, results)
             results.add(case.name, tried(bench, case, logits))
             print(line(case, results.found), flush=True)
-    print(HEADER)
-    for case in chosen:
-        if case.name in results.found:
-            print(line(case, results.found))
+    for group in dict.fromkeys(c.group for c in chosen):
+        print(f"\n{group}\n\n{HEADER}")
+        for case in chosen:
+            if case.name in results.found and case.group == group:
+                print(line(case, results.found))
 
 
 def _source(bench: Bench, results: Results) -> Logits:
@@ -358,8 +373,8 @@ def _source(bench: Bench, results: Results) -> Logits:
 
     kept = bench.keep / "source.npy"
     if not kept.exists() or "native" not in results.found:
-        results.add("native", measured(DEMO, bench.texts.rows, None, len(bench.texts.rows)))
-        np.save(kept, np.stack(passed(DEMO, bench.texts.rows, 0)[0]))
+        results.add("native", measured(DEMO, bench.texts.rows, None, True))
+        np.save(kept, np.stack(passed(DEMO, bench.texts.rows, False)[0]))
     return list(np.load(kept, mmap_mode="r"))
 
 
