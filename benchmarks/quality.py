@@ -53,6 +53,9 @@ CALIBRATION_TOKENS, DENSE_TOKENS, EXPERT_TOKENS, SENSITIVITY_TOKENS = 16384, 204
 DSPARK_CHAPTERS = 10
 """Chapters on which the DSpark head is tried: it drafts a block at every position."""
 
+FEWER = 20
+"""Chapters where a case is one of many."""
+
 AMPLE = 10**11
 """A size that every format fits into."""
 
@@ -110,15 +113,20 @@ class Bench:
         run.run(source, make_plan(source, options), out, run.Way(overwrite=True, importance=weigh))
 
     def inputs(
-        self, folder: Path, out: Path, tokens: int = CALIBRATION_TOKENS, experts: int = 0, text: Path | None = None
-    ) -> tuple[Importance, calibration_text.Rows]:
-        """Return what finds the inputs of each matrix; those of experts of another number of tokens if said."""
+        self, folder: Path, out: Path, *, tokens: int = CALIBRATION_TOKENS, text: Path | None = None,
+        experts: int = 0, texts: int = 1,
+    ) -> tuple[Importance, calibration_text.Rows]:  # fmt: skip
+        """Return what finds the inputs of each matrix; with `experts`, those of experts are so many tokens of `texts`.
+
+        Experts of a large model get few rows of its text, this way these do as well.
+        """
         places = [text or self.texts.other]
         rows = calibration_text.read(folder, places, tokens)
         found = LayerInputs(folder, rows.ids, out, print)
         if not experts:
             return found, rows
-        few = LayerInputs(folder, calibration_text.read(folder, places, experts).ids, out / ".few", lambda said: None)
+        scarce = calibration_text.read(folder, places, experts, experts // texts)
+        few = LayerInputs(folder, scarce.ids, out / ".few", lambda said: None)
         return (lambda key, expert: (few if ".switch_mlp." in key else found)(key, expert)), rows
 
     def fitted(self, size: int, known: bool, rounding: str = "optimal") -> Recipe:
@@ -179,7 +187,7 @@ class Case:
     name: str
     to: str
     gate: float | None
-    make: Callable[[Bench, Path], None]
+    make: Callable[[Bench, Path], object]
     heads: bool = False
     chapters: int = CHAPTERS
     group: str = "Roundings and recipes"
@@ -208,8 +216,10 @@ def cases() -> Iterator[Case]:
     for name in ("q8", "q6"):
         yield Case(f"{name}, optimal", "", None, _plain(recipe_of(name), "optimal"), True)
     for name, gate in STARVED_GATES.items():
-        make = _plain(RECIPES[name], COMPENSATED, tokens=DENSE_TOKENS, experts=EXPERT_TOKENS)
-        yield Case(f"{name}, starved experts, {COMPENSATED}", f"{name}, optimal", gate, make)
+        for texts in (8, 1):
+            make = _plain(RECIPES[name], COMPENSATED, tokens=DENSE_TOKENS, experts=EXPERT_TOKENS, texts=texts)
+            title = f"{name}, starved experts of {texts} text{'s' * (texts > 1)}, {COMPENSATED}"
+            yield Case(title, f"{name}, optimal", gate, make)
     groups = {
         "Fitted to the bytes of other folders": _fit_cases(),
         "Bits of experts alone": _expert_cases(),
@@ -250,7 +260,7 @@ def _expert_cases() -> Iterator[Case]:
             threes = frozenset((kind, layer) for kind in kinds for layer in chosen)
             yield Case(
                 f"experts {2 + share} bits, layers {'+'.join(map(str, chosen))}", "", None,
-                lambda b, out, threes=threes: b.convert(b.experts_at(threes), "optimal", out),
+                lambda b, out, threes=threes: b.convert(b.experts_at(threes), "optimal", out), chapters=FEWER,
             )  # fmt: skip
         yield Case(
             f"experts {2 + share} bits, with sensitivities", f"experts {2 + share} bits, layers *", 0.65,
@@ -268,7 +278,7 @@ def _head_cases() -> Iterator[Case]:
     for bits in (2, 3, 4):
         recipe = recipe_of("native").overridden(None, None, f"affine-{bits}-g64")
         for rounding in ROUNDINGS:
-            yield Case(f"head {bits} bits, {rounding}", "", None, _plain(recipe, rounding), True)
+            yield Case(f"head {bits} bits, {rounding}", "", None, _plain(recipe, rounding), True, FEWER)
 
 
 class Results:
@@ -306,8 +316,9 @@ def compared(case: Case, found: Mapping[str, Measured]) -> Figure | None:
     names = [n for n in found if n == case.to or (case.to.endswith("*") and n.startswith(case.to[:-1]))]
     if not case.to or not names:
         return None
-    columns = zip(*(found[n].kl for n in names), strict=True)
-    return ratio(found[case.name].kl, [sum(c) / len(c) for c in columns])
+    columns = [sum(c) / len(c) for c in zip(*(found[n].kl for n in names), strict=True)]
+    chapters = min(len(columns), len(found[case.name].kl))
+    return ratio(found[case.name].kl[:chapters], columns[:chapters])
 
 
 TITLES = {"2 bits": "backbone affine-2-g64", "3 bits": "backbone affine-3-g64", "4 bits": "backbone affine-4-g64"}
@@ -347,10 +358,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="Cases whose name holds one of these.")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument(
+        "--peer", nargs=3, action="append", default=[], metavar=("NAME", "FOLDER", "CASE"),
+        help="A folder that another program made of the demo (layout mlx-lm), and the case to compare it with.",
+    )  # fmt: skip
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
     results = Results(args.keep / "results.json")
-    chosen = [c for c in cases() if not args.only or any(word in c.name for word in args.only)]
+    chosen = [_peer(*words) for words in args.peer] or [
+        c for c in cases() if not args.only or any(word in c.name for word in args.only)
+    ]
     if not args.table:
         bench, logits = Bench(Texts.of(args.text, DEMO, args.keep), args.keep, args.base), None
         for case in chosen:
@@ -365,6 +382,11 @@ def main() -> None:
         for case in chosen:
             if case.name in results.found and case.group == group:
                 print(line(case, results.found))
+
+
+def _peer(name: str, folder: str, to: str) -> Case:
+    """Return the case of a folder that another program made; it is measured in a copy."""
+    return Case(name, to, None, lambda bench, out: shutil.copytree(folder, out), group="Of other programs")
 
 
 def _source(bench: Bench, results: Results) -> Logits:

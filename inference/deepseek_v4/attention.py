@@ -148,7 +148,8 @@ class Indexer(nn.Module):
         scores = (weights @ scores).squeeze(-2)
         hidden = mx.arange(entries.shape[1]) >= visible[:, None]
         scores = mx.where(hidden, -mx.inf, scores)
-        return mx.argpartition(-scores, self.topk - 1, axis=-1)[..., : self.topk].astype(mx.int32)
+        best = mx.argpartition(-mx.stop_gradient(scores), self.topk - 1, axis=-1)[..., : self.topk]
+        return best.astype(mx.int32)
 
 
 class Attention(nn.Module):
