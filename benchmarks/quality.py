@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -30,6 +31,7 @@ import numpy as np
 from held_out import CHAPTERS, Figure, Logits, Measured, Texts, mean, measured, ratio
 
 from ds4convert.api.calibrating import calibrate
+from ds4convert.checkpoint.inventory import Module
 from ds4convert.checkpoint.source import Source, open_source
 from ds4convert.demo import embedded
 from ds4convert.evaluate import calibration
@@ -43,7 +45,7 @@ from ds4convert.formats.second_moments import COMPENSATED
 from ds4convert.inference import calibration_text
 from ds4convert.planning import build
 from ds4convert.planning.build import make_plan
-from ds4convert.planning.encodings import ENCODERS
+from ds4convert.planning.encodings import ENCODERS, Encoding
 from ds4convert.planning.layouts import layout_of
 from ds4convert.planning.recipes import Recipe, Rule, recipe_of, recipes
 
@@ -129,12 +131,29 @@ class Bench:
         few = LayerInputs(folder, scarce.ids, out / ".few", lambda said: None)
         return (lambda key, expert: (few if ".switch_mlp." in key else found)(key, expert)), rows
 
-    def fitted(self, size: int, known: bool, rounding: str = "optimal") -> Recipe:
-        """Return the recipe that `--fit` chooses so that the matrices take `size` bytes at most."""
-        options, none = self.options(recipe_of("native"), rounding), size_budget.Room(AMPLE, 8192, 0, 0)
-        sensitive = self.known.sensitivities if known else None
+    @contextmanager
+    def errors(self) -> Iterator[format_errors.Errors]:
+        """Yield what tells the error of a matrix in a format, as `optimal` rounds a sample of it; findings are kept."""
+        path = self.keep / "errors.json"
+        known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        options = self.options(recipe_of("native"), "optimal")
         with run.reading(self.source) as read, rounding_pool(ENOUGH_WEIGHTS, cores=1) as pool:
-            errors = format_errors.measured(self.source.named, options, read, pool)
+            find = format_errors.measured(self.source.named, options, read, pool)
+
+            def error(module: Module, name: str, encoding: Encoding) -> float:
+                key = f"{module.name}, {name}"
+                if key not in known:
+                    known[key] = find(module, name, encoding)
+                return known[key]
+
+            yield error
+        path.write_text(json.dumps(known))
+
+    def fitted(self, size: int, known: bool) -> Recipe:
+        """Return the recipe that `--fit` chooses so that the matrices take `size` bytes at most."""
+        options, none = self.options(recipe_of("native"), "optimal"), size_budget.Room(AMPLE, 8192, 0, 0)
+        sensitive = self.known.sensitivities if known else None
+        with self.errors() as errors:
             find = partial(size_budget.fit, self.source.inventory, options, errors, known=sensitive)
             facts = find(room=none).facts
             fixed = facts["planned_bytes"] - sum(row["bytes"] for row in facts["table"])
@@ -163,10 +182,8 @@ class Bench:
 
     def best_experts(self, share: float) -> Recipe:
         """Return the recipe of experts at 2 and 3 bits, `share` of them at 3, chosen by sensitivities."""
-        inventory = self.source.inventory
-        with run.reading(self.source) as read, rounding_pool(ENOUGH_WEIGHTS, cores=1) as pool:
-            errors = format_errors.measured(self.source.named, self.options(uniform(2), "optimal"), read, pool)
-            units = format_errors.options(inventory, errors, self.known.sensitivities)
+        with self.errors() as errors:
+            units = format_errors.options(self.source.inventory, errors, self.known.sensitivities)
         wanted = {
             unit: [o for o in options if o.format in ("affine-2-g64", "affine-3-g64")]
             for unit, options in units.items()
