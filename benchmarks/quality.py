@@ -55,7 +55,7 @@ CALIBRATION_TOKENS, DENSE_TOKENS, EXPERT_TOKENS, SENSITIVITY_TOKENS = 16384, 204
 DSPARK_CHAPTERS = 10
 """Chapters on which the DSpark head is tried: it drafts a block at every position."""
 
-FEWER = 20
+FEWER = 10
 """Chapters where a case is one of many."""
 
 AMPLE = 10**11
