@@ -58,6 +58,17 @@ def _write(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
 
 
+def backbone_bytes(folder: Path) -> int:
+    """Return the bytes of all tensors of a folder that are not its head's."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        spans = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
+        total += sum(end - start for name, (start, end) in spans.items() if not name.startswith("mtp."))
+    return total
+
+
 Logits = list[np.ndarray]
 """Log-probabilities [TOKENS, vocabulary] of each chapter."""
 

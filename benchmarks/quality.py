@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from held_out import CHAPTERS, Figure, Logits, Measured, Texts, mean, measured, ratio
+from held_out import CHAPTERS, Figure, Logits, Measured, Texts, backbone_bytes, mean, measured, ratio
 
 from ds4convert.api.calibrating import calibrate
 from ds4convert.checkpoint.inventory import Module
@@ -54,6 +54,9 @@ ROUNDINGS = ("nearest", "optimal", COMPENSATED)
 CALIBRATION_TOKENS, DENSE_TOKENS, EXPERT_TOKENS, SENSITIVITY_TOKENS = 16384, 2048, 192, 4096
 DSPARK_CHAPTERS = 10
 """Chapters on which the DSpark head is tried: it drafts a block at every position."""
+
+OTHERS = "Of other programs"
+"""The table of folders that other programs made."""
 
 FEWER = 10
 """Chapters where a case is one of many."""
@@ -102,6 +105,12 @@ class Bench:
         """Return the bytes of all matrices that a choice is made for."""
         modules = [m for ms in format_errors.units(self.source.inventory).values() for m in ms]
         return sum(ENCODERS[recipe.format_of(m)](m).size_bytes for m in modules)
+
+    def room(self, folder: Path) -> int:
+        """Return the bytes that our matrices may have for a backbone as large as that of a folder."""
+        plan = make_plan(self.source, self.options(uniform(4), "optimal"))
+        ours = sum(o.size for s in plan.steps if s.part != "mtp" for o in s.outputs)
+        return backbone_bytes(folder) - (ours - self.size(uniform(4)))
 
     def convert(self, recipe: Recipe, rounding: str, out: Path, **text: object) -> None:
         """Convert the demo checkpoint (or that in `folder`) as the command does."""
@@ -349,7 +358,7 @@ def line(case: Case, found: Mapping[str, Measured]) -> str:
         met = f"{case.gate}, {'met' if to.mean <= case.gate else 'not met'}"
     what, _, rounding = case.name.rpartition(", ")
     if rounding not in ROUNDINGS:
-        what, rounding = case.name, "optimal"
+        what, rounding = case.name, "its own" if case.group == OTHERS else "optimal"
     what = f"recipe {what}" if what in recipes() and what != "native" else TITLES.get(what, what)
     kl, worse = mean(r.kl), mean([a - b for a, b in zip(r.nll, of.nll, strict=False)])
     drafts = f"{sum(r.accepted) / sum(r.drafts):.1%}" if r.drafts else ""
@@ -382,7 +391,7 @@ def main() -> None:
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
     results = Results(args.keep / "results.json")
-    chosen = [_peer(*words) for words in args.peer] or [
+    chosen = [case for words in args.peer for case in _peer(*words)] or [
         c for c in cases() if not args.only or any(word in c.name for word in args.only)
     ]
     if not args.table:
@@ -401,9 +410,15 @@ def main() -> None:
                 print(line(case, results.found))
 
 
-def _peer(name: str, folder: str, to: str) -> Case:
-    """Return the case of a folder that another program made; it is measured in a copy."""
-    return Case(name, to, None, lambda bench, out: shutil.copytree(folder, out), group="Of other programs")
+def _peer(name: str, folder: str, to: str) -> Iterator[Case]:
+    """Yield the case of a folder that another program made, and ours with a backbone of as many bytes."""
+    group = OTHERS
+    yield Case(name, to, None, lambda bench, out: shutil.copytree(folder, out), group=group)
+    for rounding in ("optimal", COMPENSATED):
+        yield Case(
+            f"fit to {name}, with sensitivities, {rounding}", name, None,
+            lambda b, out, how=rounding: b.convert(b.fitted(b.room(Path(folder)), True), how, out), group=group,
+        )  # fmt: skip
 
 
 def _source(bench: Bench, results: Results) -> Logits:
