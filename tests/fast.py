@@ -9,7 +9,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 FILES = {
-    "api": ["test_surface.py", "test_conversion.py"],
+    "api": ["test_surface.py", "test_conversion.py", "values/test_sizes.py"],
+    "benchmarks": ["test_benchmark_parts.py"],
     "checkpoint": ["test_config.py", "test_headers.py", "test_inventory.py"],
     "cli": ["terminal/test_advice.py"],
     "converted": ["losses/test_losses.py"],
@@ -22,14 +23,16 @@ FILES = {
     "generation": ["test_side_files.py"],
     "hosts": ["test_dspark_hosts.py"],
     "hostile": ["test_fuzz.py"],
-    "hub": ["remote/test_pull_places.py"],
+    "hub": ["remote/test_pull_places.py", "values/test_names_of_files.py"],
     "inference": ["test_layers.py", "test_decode_control_flow.py", "chat/test_chat_vectors.py"],
     "local_hub": ["test_switches.py"],
     "package": ["test_architecture.py", "test_docs.py", "test_tiers.py", "site/test_pages.py"],
     "planning": ["recipes/test_recipes.py"],
+    "publishing": ["test_published_card.py"],
     "serving": ["test_fields.py", "test_replies.py"],
     "storage": ["test_wrappers.py"],
-    "verification": ["test_verify_strays.py"],
+    "tools": ["test_structure.py", "test_docs_site.py"],
+    "verification": ["test_verify_strays.py", "values/test_verdict.py"],
 }
 """By folder of tests/."""
 

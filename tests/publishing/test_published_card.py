@@ -89,7 +89,9 @@ def test_words_taken_out_on_the_hub_alone_come_back_as_a_broken_off_run_looks_th
     published = text_of("old", "one two")
     assert joined("new", published, changed(published, "one")) == text_of("new", "one two")
     assert joined("new", changed(published, "one"), published) == text_of("new", "one")
-    assert joined("new", text_of("new", "one"), published) == text_of("new", "one two"), "nothing is lost, both unedited"
+    assert joined("new", text_of("new", "one"), published) == text_of("new", "one two"), (
+        "nothing is lost, both unedited"
+    )
 
 
 @given(TEXT, TEXT, WORDS, WORDS)

@@ -15,7 +15,18 @@ def step(file: int, offset: int, size: int, *ranges: ByteRange, transform: str =
     """Return a step with one output of bytes."""
     output = Output(f"t{file}.{offset}", "U8", (size,), file, offset, size)
     made = Step(
-        (output,), transform, (ranges,), {}, ((f"s{file}.{offset}",),), ((size,),), "U8", "native", "backbone", "norm", 0, 0
+        (output,),
+        transform,
+        (ranges,),
+        {},
+        ((f"s{file}.{offset}",),),
+        ((size,),),
+        "U8",
+        "native",
+        "backbone",
+        "norm",
+        0,
+        0,
     )
     return replace(made, **more)
 

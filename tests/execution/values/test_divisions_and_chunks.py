@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -91,7 +92,7 @@ def test_rounding_cuts_a_matrix_into_whole_rows_and_compensation_into_whole_bloc
     found = list(chunks_of(rounding, rows, cols))
     block = compensated.BLOCK if rounding == "compensated" else 1
     most = COMPENSATED_VALUES if rounding == "compensated" else CHUNK_VALUES
-    assert found[0][0] == 0 and all(a + n == b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+    assert found[0][0] == 0 and all(a + n == b for (a, n), (b, _) in itertools.pairwise(found))
     assert sum(n for _, n in found) == rows
     assert all(n % block == 0 for _, n in found[:-1])
     assert all(n * cols <= most or n <= block for _, n in found)

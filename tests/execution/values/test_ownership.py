@@ -170,7 +170,11 @@ def test_clearing_removes_ours_and_partial_files_alone_and_writes_down_first_wha
     for name in ("notes.txt", "model-2.safetensors.partial", ".ds4convert/lock", ".ds4convert/journal.jsonl"):
         (out / name).touch()
     (out / "mtp").mkdir()
-    assert {p.name for p in ownership.removable(out)} == {"model-1.safetensors", "config.json", "model-2.safetensors.partial"}
+    assert {p.name for p in ownership.removable(out)} == {
+        "model-1.safetensors",
+        "config.json",
+        "model-2.safetensors.partial",
+    }
     ownership.clear(out, Disk())
     assert {p.name for p in out.iterdir()} == {".ds4convert", "notes.txt"}
     assert {p.name for p in (out / ".ds4convert").iterdir()} == {"lock", "clearing.json"}

@@ -67,7 +67,7 @@ def test_another_range_or_a_file_of_another_size_is_asked_for_again(found: str) 
 def test_a_whole_file_may_come_without_a_range_and_with_or_without_its_length() -> None:
     checked(0, 100, status=200)
     checked(0, 100, status=200, content_length="100")
-    with pytest.raises(Again, match="^the Hub announced 99 bytes, expected 100$"):
+    with pytest.raises(Again, match=r"^the Hub announced 99 bytes, expected 100$"):
         checked(0, 100, status=200, content_length="99")
 
 
@@ -116,7 +116,9 @@ def test_another_commit_than_the_one_asked_for_ends_the_run_at_once() -> None:
     )
 
 
-def test_of_a_chain_of_answers_the_first_that_says_something_is_believed_and_a_plain_etag_of_the_deciding_one_alone() -> None:
+def test_of_a_chain_of_answers_the_first_that_says_something_is_believed_and_a_plain_etag_of_the_deciding_one_alone() -> (
+    None
+):
     told = Told()
     http._note(told, {"etag": '"ignored"', "x-repo-commit": "one"}, decides=False)
     http._note(told, {"etag": '"first"', "x-linked-etag": '"linked"', "x-repo-commit": "two"}, decides=True)
@@ -164,7 +166,9 @@ def test_a_body_is_taken_up_to_its_bound_and_refused_or_cut_beyond(parts: list[b
     if len(whole) <= most:
         assert bounded(Answer(parts), most) == whole
     else:
-        with pytest.raises(EnvironmentFault, match=f"the Hub's answer is longer than {most} bytes; is HF_ENDPOINT a Hub"):
+        with pytest.raises(
+            EnvironmentFault, match=f"the Hub's answer is longer than {most} bytes; is HF_ENDPOINT a Hub"
+        ):
             bounded(Answer(parts), most)
 
 
@@ -185,7 +189,7 @@ def test_a_small_answer_that_unpacks_to_a_flood_is_not_unpacked_whole() -> None:
 
 def test_a_body_in_a_coding_that_is_not_unpacked_is_taken_as_it_is_and_a_broken_one_is_asked_for_again() -> None:
     assert bounded(Answer([b"raw"], {"content-encoding": "identity"}), 10) == b"raw"
-    with pytest.raises(Again, match="^the bytes came packed, and broken$"):
+    with pytest.raises(Again, match=r"^the bytes came packed, and broken$"):
         bounded(Answer([b"no gzip"], {"content-encoding": "gzip"}), 10)
 
 
@@ -216,10 +220,10 @@ def test_bytes_below_the_floor_for_half_a_minute_end_the_connection_and_a_faster
     slow = Answer()
     slow.iter_raw = lambda: body(19_999, 10.0, 9)  # type: ignore[method-assign]
     came = []
-    with pytest.raises(Again, match="^the bytes came at 2,000 a second$"):
+    with pytest.raises(Again, match=r"^the bytes came at 2,000 a second$"):
         came.extend(map(len, pieces(slow)))
     assert came == [19_999] * 3, "given up after 30 s, not before"
     late = Answer()
     late.iter_raw = lambda: itertools.chain(body(100_000, 15.0, 2), body(1, 15.0, 2))  # type: ignore[method-assign]
-    with pytest.raises(Again, match="^the bytes came at 0 a second$"):  # each half minute is looked at by itself
+    with pytest.raises(Again, match=r"^the bytes came at 0 a second$"):  # each half minute is looked at by itself
         list(pieces(late))

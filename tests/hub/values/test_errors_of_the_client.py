@@ -106,7 +106,7 @@ def test_a_stumble_of_the_client_over_an_answer_is_a_hub_that_is_none(kind: type
 
 
 def test_errors_of_ours_pass_as_they_are_and_what_is_translated_keeps_its_cause() -> None:
-    with pytest.raises(InputError, match="^mine$"), hub_errors("me/m"):
+    with pytest.raises(InputError, match=r"^mine$"), hub_errors("me/m"):
         raise InputError("mine")
     cause = errors.OfflineModeIsEnabled("x")
     with pytest.raises(Ds4Error) as found, hub_errors("me/m"):

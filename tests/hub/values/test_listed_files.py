@@ -55,7 +55,7 @@ def test_size_and_digest_are_those_of_the_list_and_a_file_that_it_lacks_is_told_
     assert (files.size("a"), files.size("b")) == (100, 3)
     assert (files.digest("a"), files.digest("b")) == ("e" * 64, None)
     for ask in (files.size, files.digest, files.fingerprint, lambda name: files.read(name, 0, 1)):
-        with pytest.raises(InputError, match="^no c$"):
+        with pytest.raises(InputError, match=r"^no c$"):
             ask("c")
 
 

@@ -13,7 +13,12 @@ from ds4convert.hub.repo import NO_HUB, _listed
 
 COMMIT, GIT, SHA = "c0ffee" + "0" * 34, "a" * 40, "b" * 64
 SMALL: dict[str, Any] = {"rfilename": "config.json", "size": 12, "blobId": GIT}
-LARGE: dict[str, Any] = {"rfilename": "model.safetensors", "size": 99, "blobId": GIT, "lfs": {"sha256": SHA, "size": 99}}
+LARGE: dict[str, Any] = {
+    "rfilename": "model.safetensors",
+    "size": 99,
+    "blobId": GIT,
+    "lfs": {"sha256": SHA, "size": 99},
+}
 
 
 def listed(*rows: object, **more: object) -> Repo:

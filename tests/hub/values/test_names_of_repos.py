@@ -92,7 +92,9 @@ def test_two_revisions_that_differ_are_refused_and_equal_ones_are_one() -> None:
     assert split_name("me/model@v1", "v1") == split_name("me/model", "v1") == ("me/model", "v1")
 
 
-@pytest.mark.parametrize("src", ["model", "/me/model", "./me/model", "me/model/more", "~/model", "me//model", "", "-a/b"])
+@pytest.mark.parametrize(
+    "src", ["model", "/me/model", "./me/model", "me/model/more", "~/model", "me//model", "", "-a/b"]
+)
 def test_what_looks_like_a_path_is_a_path(src: str) -> None:
     assert not is_repo(src)
 

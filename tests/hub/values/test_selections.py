@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +35,12 @@ def test_ranges_have_every_byte_once_in_order_and_no_two_of_them_touch(gaps: lis
     found = merged(tensors(*places))
     assert [b for start, size in found for b in range(start, start + size)] == wanted
     assert all(size > 0 for _, size in found)
-    assert all(a + n < b for (a, n), (b, _) in zip(found, found[1:], strict=False) if (b, 0) not in places)
+    assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(found) if (b, 0) not in places)
 
 
-@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), max_size=6), st.binary(max_size=9), st.integers(1, 7))
+@given(
+    st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), max_size=6), st.binary(max_size=9), st.integers(1, 7)
+)
 def test_pieces_tile_a_target_behind_its_header_and_none_is_larger_than_a_request(
     ranges: list[tuple[int, int]], header: bytes, most: int
 ) -> None:
@@ -58,7 +61,9 @@ def test_an_unfinished_folder_goes_on_with_the_same_bytes_of_the_same_commit_alo
     target = Target("t", FILE, "", b"header", tensors((10, 5)), ((10, 5),))
     repo = Repo("me/m", "0" * 40, (FILE,))
     first = Selection(repo, "mtp", (target,))
-    assert first.id == Selection(replace(repo, token="t", endpoint="e"), "mtp", (target,)).id, "who fetches is no matter"
+    assert first.id == Selection(replace(repo, token="t", endpoint="e"), "mtp", (target,)).id, (
+        "who fetches is no matter"
+    )
     others = [
         Selection(replace(repo, name="me/n"), "mtp", (target,)),
         Selection(replace(repo, commit="1" * 40), "mtp", (target,)),
@@ -142,7 +147,9 @@ def test_a_file_has_its_digest_by_size_and_sha256_or_by_gits_id(tmp_path: Path) 
     path, data = tmp_path / "f", b"some bytes"
     path.write_bytes(data)
     sha, git = hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob 10\0" + data).hexdigest()
-    assert has_file_digest(path, RemoteFile("f", 10, sha, sha)) and has_file_digest(path, RemoteFile("f", 10, git, None))
+    assert has_file_digest(path, RemoteFile("f", 10, sha, sha)) and has_file_digest(
+        path, RemoteFile("f", 10, git, None)
+    )
     assert not has_file_digest(path, RemoteFile("f", 11, sha, sha))
     assert not has_file_digest(path, RemoteFile("f", 10, sha, None)), "a sha256 is no id of git"
     assert not has_file_digest(path, RemoteFile("f", 10, git, git))
