@@ -9,7 +9,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 FILES = {
-    "api": ["test_surface.py", "test_conversion.py"],
+    "api": ["test_surface.py", "test_conversion.py", "values/test_sizes.py"],
+    "benchmarks": ["test_benchmark_parts.py"],
     "checkpoint": [
         "published/test_zeros_and_strangers.py",
         "families/test_parts_of_a_family.py",
@@ -35,7 +36,7 @@ FILES = {
     "generation": ["test_side_files.py"],
     "hosts": ["test_dspark_hosts.py"],
     "hostile": ["test_fuzz.py"],
-    "hub": ["remote/test_pull_places.py"],
+    "hub": ["remote/test_pull_places.py", "values/test_names_of_files.py"],
     "inference": [
         "test_layers.py",
         "test_decode_control_flow.py",
@@ -55,9 +56,11 @@ FILES = {
         "test_layouts.py",
         "test_shards.py",
     ],
+    "publishing": ["test_published_card.py"],
     "serving": ["test_fields.py", "test_replies.py"],
     "storage": ["test_wrappers.py", "test_strict_json.py", "test_local_files.py", "untrusted/test_fields.py"],
-    "verification": ["test_verify_strays.py"],
+    "tools": ["test_structure.py", "test_docs_site.py"],
+    "verification": ["test_verify_strays.py", "values/test_verdict.py"],
     "words": ["test_figures.py", "test_macs.py", "test_said_elsewhere.py", "test_terminal.py"],
 }
 """By folder of tests/."""

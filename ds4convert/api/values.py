@@ -57,7 +57,7 @@ def mac_size(value: int | str) -> int:
     """Return the bytes of memory of a Mac, as it is sold: 128, 128G, 128GB and 128GiB are all 128 GiB."""
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*(g|gb|gib|t|tb|tib|)\s*", value.lower())
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*(g|gb|gib|t|tb|tib|)\s*", value.lower(), re.ASCII)
     if match is None or not 1 <= (gib := float(match[1]) * (1024 if match[2][:1] == "t" else 1)) <= 1 << 20:
         raise UsageError(f"{value!r} is not the memory of a Mac, such as 128GB")
     return int(gib * (1 << 30))
