@@ -139,11 +139,11 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", media=media, features=[feature])
 
-    def picture(self, height: int | None = None) -> bytes:
-        """Return a PNG of the page from its top: `height` CSS pixels, or all of it."""
+    def picture(self, height: int | None = None, top: float = 0) -> bytes:
+        """Return a PNG of the page from `top` on: `height` CSS pixels, or all of it."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        tall = min(size["height"], height or TOP)
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": tall, "scale": 1}
+        tall = min(size["height"] - top, height or TOP)
+        clip = {"x": 0, "y": top, "width": size["width"], "height": tall, "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         return base64.b64decode(shot["data"])
 
