@@ -1,9 +1,9 @@
 """One self-contained page about a converted folder, by which someone decides whether to download it.
 
-No script, no font, no request to anywhere; what is drawn is beside its number or has a text of its own, so the page reads
-on a phone, on paper and with a screen reader. Shows what `verify --json` says, what the manifest tells, and where it was
-measured. What is shown is decided here and in the modules beside, how in `manifests/pages/report.html.jinja`, which
-escapes every value.
+No script, no font, no request to anywhere; what is drawn is beside its number or has a text of its own, so the page
+reads on a phone, on paper and with a screen reader. Shows what `verify --json` says, what the manifest tells, and where
+it was measured. What is shown is decided here and in the modules beside, how in `manifests/pages/report.html.jinja`,
+which escapes every value.
 """
 
 from __future__ import annotations

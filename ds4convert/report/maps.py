@@ -80,9 +80,7 @@ def _is_of_a_layer(r: LayerLoss) -> bool:
     return r.layer is not None and not r.group.startswith(HEAD_GROUPS)
 
 
-def _lanes(
-    rows: Sequence[LayerLoss], groups: Sequence[Group], say: Callable[[LayerLoss], Step]
-) -> Iterator[Lane]:
+def _lanes(rows: Sequence[LayerLoss], groups: Sequence[Group], say: Callable[[LayerLoss], Step]) -> Iterator[Lane]:
     """Yield a lane per role of the backbone, neighbouring layers that say the same made one span."""
     sizes = {g.name: g.size for g in groups}
     for name in dict.fromkeys(r.group for r in rows if _is_of_a_layer(r)):

@@ -67,13 +67,14 @@ def _drafts(m: found.Measurement) -> Section:
             for p in m.per_prompt
         ]
         parts.append(Bars("Acceptance by prompt", ("Prompt", "Accepted", "Tokens"), bars))
-    told = m.teacher_forced
+    told, many = m.teacher_forced, m.draft_depth > 1
+    what = f"the {m.draft_depth} tokens" if many else "the token"
+    behind = " A draft behind a refused one counts as refused." if many else ""
     note = (
-        f"Of every {m.draft_depth if m.draft_depth > 1 else ''} drafted {'tokens' if m.draft_depth > 1 else 'token'}, "
-        "what the backbone accepts. A draft behind a refused one counts as refused. "
-        f"On the prompts' own tokens head and backbone agree at {told.agreement:.1%} of {told.positions:,} places "
-        f"(always proposing the commonest token: {told.chance:.1%})."
-    ).replace("  ", " ")
+        f"Of {what} drafted in each pass, what the backbone accepts.{behind} On the prompts' own tokens head and "
+        f"backbone agree at {told.agreement:.1%} of {told.positions:,} places (always proposing the commonest token: "
+        f"{told.chance:.1%})."
+    )
     return Section("drafts", "What the head drafts", note, parts, "Drafts")
 
 
@@ -84,8 +85,8 @@ def _calibration(bins: Sequence[found.Bin]) -> Section:
         for b in bins
     ]
     note = (
-        "What the head held of its drafts, across, and what of them was accepted, upwards, in tenths by estimate. On the "
-        "line they are equal. Counted are drafts whose predecessors were all accepted."
+        "What the head held of its drafts, across, and what of them was accepted, upwards, in tenths by estimate. On "
+        "the line they are equal. Counted are drafts whose predecessors were all accepted."
     )
     rows = [(f"{b.estimated:.1%}", f"{b.observed:.1%}", f"{b.drafts:,}") for b in bins]
     table = Table("", ("Estimated", "Observed", "Drafts"), rows, folded="The same in numbers", numbers=2)
@@ -112,9 +113,10 @@ def _speed(pairs: Sequence[tuple[str, float, float]], m: found.Measurement) -> S
     rows = [Pair(name, a, b, f"{b / a:.2f} ×") for name, a, b in pairs]
     if len(rows) > 1 and m.speedup:
         rows.append(Pair("all tokens", m.plain_tokens_per_second, m.mtp_tokens_per_second, f"{m.speedup:.2f} ×"))
+    faster = _range([b / a for a, b in zip(plain, mtp, strict=True)], 2)
     spread = (
-        f"Over {len(pairs)} prompts, median and in brackets least to most: plain {_range(plain)} tokens/s, with the head {_range(mtp)}; "
-        f"{_range([b / a for a, b in zip(plain, mtp, strict=True)], 2)} times as fast."
+        f"Over {len(pairs)} prompts, median and in brackets least to most: plain {_range(plain)} tokens/s, with the "
+        f"head {_range(mtp)}; {faster} times as fast."
     )
     t = m.milliseconds
     times = Table("Where the time goes", ("Part of a pass", "Mean ms"), [
@@ -124,8 +126,8 @@ def _speed(pairs: Sequence[tuple[str, float, float]], m: found.Measurement) -> S
         ("with the head: the rest", f"{t.rest:.1f}"),
     ], numbers=1)  # fmt: skip
     note = (
-        "Each prompt decoded both ways, one after the other in alternating order, after a warm-up; the time to read the "
-        f"prompt is not in it. Draft depth {m.draft_depth}."
+        "Each prompt decoded both ways, one after the other in alternating order, after a warm-up; the time to read "
+        f"the prompt is not in it. Draft depth {m.draft_depth}."
     )
     parts: list[Part] = [Pairs("Tokens per second, both ways", "tokens/s", rows)]
     parts += [Paragraph(spread)] if len(pairs) > 1 else []
@@ -184,8 +186,8 @@ def _source(facts: found.Facts) -> Section:
     if told:
         most = max(d.positions for d in told.values())
         note = (
-            f"The converted model and its source on the same {most:,} tokens: 0 nats, and the same perplexity, are equal. "
-            "Same choice: how often both find the same token the likeliest."
+            f"The converted model and its source on the same {most:,} tokens: 0 nats and the same perplexity are equal."
+            " Same choice: how often both find the same token the likeliest."
         )
     elif facts.kl is not None:
         note = "Left out: the source does not fit in the free memory."

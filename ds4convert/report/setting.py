@@ -67,7 +67,9 @@ def left_out(record: Manifest) -> Section | None:
     told = [*grouping.left_out(record.left_out), *(f"{x.tensor}: {x.why}" for x in record.files_left_out)]
     if not told:
         return None
-    return Section("left-out", "What was left out", "Every other tensor of the source is here.", [Texts(told)], "Left out")
+    return Section(
+        "left-out", "What was left out", "Every other tensor of the source is here.", [Texts(told)], "Left out"
+    )
 
 
 def files(record: Manifest) -> Section:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,7 +123,9 @@ def test_stop_leaves_the_stream_frees_the_place_and_another_turn_follows(mtp: Ru
     done(browser)
     assert browser.value("document.querySelectorAll('.turn').length") == 4
     browser.value("$('new').click()")
-    assert browser.value("document.querySelectorAll('.turn').length") == 0 and browser.value("$('empty').checkVisibility()")
+    assert browser.value("document.querySelectorAll('.turn').length") == 0 and browser.value(
+        "$('empty').checkVisibility()"
+    )
 
 
 def bodies(wire: Wire) -> list[Any]:
@@ -151,7 +152,9 @@ def test_a_conversation_tells_the_model_what_was_said_and_folds_the_thinking(wir
     browser.wait("!running")
     done(browser)
     third = bodies(wire)[2]
-    assert [m["content"] for m in third.messages] == [m["content"] for m in second.messages], "the last reply is made anew"
+    assert [m["content"] for m in third.messages] == [m["content"] for m in second.messages], (
+        "the last reply is made anew"
+    )
     assert third.template["thinking"] is False and not third.mtp
     assert browser.value("document.querySelectorAll('.turn').length") == 4
 
@@ -241,7 +244,9 @@ def test_the_page_is_good_at_every_width_in_light_and_dark(mtp: Running, browser
     assert list(checker.faults(browser)) == []
     send(browser, PROMPT)
     done(browser)
-    browser.value("$('turns').append(make('p', { className: 'fault', textContent: 'x'.repeat(900) })); say('told', true)")
+    browser.value(
+        "$('turns').append(make('p', { className: 'fault', textContent: 'x'.repeat(900) })); say('told', true)"
+    )
     assert list(checker.faults(browser)) == []
 
 
@@ -251,9 +256,23 @@ def test_everything_is_reached_by_the_keyboard_in_the_order_of_the_page(wire: Wi
     seen = []
     for _ in range(60):
         browser.press("Tab", 9)
-        found = browser.value("document.activeElement.id || document.activeElement.tagName + document.activeElement.textContent.slice(0, 9)")
+        found = browser.value(
+            "document.activeElement.id || document.activeElement.tagName + document.activeElement.textContent.slice(0, 9)"
+        )
         if found in seen or found.startswith("BODY"):
             break
         seen.append(found)
-    wanted = ["scroll", "prompt", "run", "kind", "system", "thinking", "mtp", "max_tokens", "temperature", "seed", "reset"]
+    wanted = [
+        "scroll",
+        "prompt",
+        "run",
+        "kind",
+        "system",
+        "thinking",
+        "mtp",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "reset",
+    ]
     assert [x for x in seen if x in wanted] == wanted and sum(x.startswith("BUTTON") for x in seen) == 4

@@ -75,7 +75,9 @@ def visited(browser: Browser, name: str, url: str, asked: argparse.Namespace) ->
             talk(browser)
         asked.out.mkdir(parents=True, exist_ok=True)
         path = asked.out / f"{name}-{width}.png"
-        top = browser.value(f"Math.max(0, document.querySelector({first!r}).getBoundingClientRect().top + scrollY - 12)")
+        top = browser.value(
+            f"Math.max(0, document.querySelector({first!r}).getBoundingClientRect().top + scrollY - 12)"
+        )
         path.write_bytes(browser.picture(height, top))
         print(f"{path} {path.stat().st_size:,} bytes")
         yield from checker.faults(browser, (width,), (scheme,))
@@ -86,7 +88,9 @@ def visited(browser: Browser, name: str, url: str, asked: argparse.Namespace) ->
 def talk(browser: Browser) -> None:
     """Have a conversation on the page of `serve`: two turns, the first one both ways."""
     browser.wait("!!limits")
-    browser.value("document.querySelector('#kind').value = 'text'; kind(); document.querySelector('#max_tokens').value = 56")
+    browser.value(
+        "document.querySelector('#kind').value = 'text'; kind(); document.querySelector('#max_tokens').value = 56"
+    )
     for step in (f"prompt.value = {json.dumps(TEXT)}; send()", "regenerate(false)", "regenerate(true)",
                  f"prompt.value = {json.dumps(QUESTION)}; send()"):  # fmt: skip
         browser.value(f"{{ const prompt = document.querySelector('#prompt'); {step} }}")

@@ -19,23 +19,26 @@ CONTROLS = """
   .filter(e => e.checkVisibility() && e.type !== 'hidden')
   .filter(e => !(e.getAttribute('aria-label') || '').trim()
     && ![...(e.labels || [])].some(l => l.textContent.trim())
-    && !(e.getAttribute('aria-labelledby') || '').split(/\\s+/).some(id => (document.getElementById(id) || {}).textContent)
+    && !(e.getAttribute('aria-labelledby') || '').split(/\\s+/)
+        .some(id => (document.getElementById(id) || {}).textContent)
     && !(['BUTTON', 'A', 'SUMMARY'].includes(e.tagName) && e.textContent.trim()))
   .map(e => e.outerHTML.slice(0, 120))
 """
 """Controls that are seen and have no name."""
 
 IDS = """
-(ids => [...new Set(ids.filter((id, n) => ids.indexOf(id) !== n))])([...document.querySelectorAll('[id]')].map(e => e.id))
+(ids => [...new Set(ids.filter((id, n) => ids.indexOf(id) !== n))])(
+  [...document.querySelectorAll('[id]')].map(e => e.id))
 """
 """Ids that more than one element has."""
 
 TOO_WIDE = """
-document.documentElement.scrollWidth <= innerWidth ? [] : [...document.body.querySelectorAll('*')]
-  .filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 5).map(e => e.outerHTML.slice(0, 120))
-    .concat(`${document.documentElement.scrollWidth} of ${innerWidth} CSS pixels`)
+((page, width) => page.scrollWidth <= width ? [] : [...document.body.querySelectorAll('*')]
+  .filter(e => e.getBoundingClientRect().right > width + 1).slice(0, 5).map(e => e.outerHTML.slice(0, 120))
+    .concat(`${page.scrollWidth} of ${width} CSS pixels`))(
+  document.documentElement, document.documentElement.clientWidth)
 """
-"""What makes the page wider than its window."""
+"""What makes the page wider than its window. (A phone's `innerWidth` grows with what is too wide; this does not.)"""
 
 FAINT = """
 (() => {

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from ds4convert.api.reporting import document
 from ds4convert.checkpoint.types import JSON
@@ -61,11 +62,10 @@ def processor() -> str | None:
         done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
         return done.stdout.strip() or None
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return found[0] if found else None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(name: str) -> str | None:
