@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -17,6 +19,7 @@ from ds4convert.converted import verify_record
 from ds4convert.errors import EnvironmentFault, UsageError
 from ds4convert.planning.parts import Part
 from ds4convert.report import html
+from ds4convert.report.setting import Setting
 from ds4convert.verification import run
 from ds4convert.verification.checks import Check, work
 from ds4convert.verification.facts import Facts
@@ -161,11 +164,32 @@ def verify(
     if settled.mtp and settled.drafter is None:  # what is kept is told of the folder's own head
         _keep_figures(base, outcome, listener)
     if settled.report is not None:
-        html.write(settled.report, base, outcome)
+        html.write(settled.report, base, outcome, _setting(base, settled))
         listener.note(f"Report: {settled.report}")
     for told in zeros.of_folder(base):
         listener.warn(told)
     return Verification(tuple(outcome.checks), outcome.facts)
+
+
+def _setting(folder: Path, options: VerifyOptions) -> Setting:
+    """Return what the page tells of this run: the command, of files and folders the names alone, and the machine."""
+    from ds4convert.api.asking import machine
+
+    words = ["ds4convert", "verify", folder.resolve().name]
+    for field in dataclasses.fields(options):
+        value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            words += [option] if value is True else [option, _named(value)]
+    return Setting(shlex.join(words), machine.described())
+
+
+def _named(value: object) -> str:
+    """Return the value of an option without the path to a file or folder."""
+    if isinstance(value, Opened):
+        return value.name if value.path is None else value.path.name
+    if isinstance(value, Path) or (isinstance(value, str) and not is_remote(value) and os.sep in value):
+        return Path(value).resolve().name
+    return str(value)
 
 
 def _request(folder: Path, options: VerifyOptions) -> Request:

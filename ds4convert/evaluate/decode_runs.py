@@ -70,6 +70,27 @@ def encoder(folder: Path) -> Callable[[str], list[int]] | None:
     return lambda text: tokens.encode(tokenizer, text)
 
 
+def speller(folder: Path) -> Callable[[Sequence[int]], list[str]]:
+    """What turns token ids into the text that each adds to those before it; without a tokenizer.json, into numbers.
+
+    Of a character that several tokens make up, the last one has the text, the others "".
+    """
+    if not os.path.lexists(folder / tokens.TOKENIZER):
+        return lambda ids: [f"{n} " for n in ids]
+    tokenizer = tokens.read_tokenizer(folder)
+
+    def spell(ids: Sequence[int]) -> list[str]:
+        out, told = [], ""
+        for end in range(1, len(ids) + 1):
+            text = str(tokenizer.decode(list(ids[:end])))
+            is_whole = end == len(ids) or not text.endswith("\ufffd")
+            out.append(text[len(told) :] if is_whole else "")
+            told = text if is_whole else told
+        return out
+
+    return spell
+
+
 def stop_tokens(folder: Path) -> frozenset[int]:
     """Ids that end a text, as every command has them (`tokens.stop_tokens`)."""
     return tokens.stop_tokens(folder, read_config(folder))
@@ -141,9 +162,13 @@ class Divergence:
 
 @dataclass
 class Decoded:
-    """New tokens of one run, and the seconds from the first of them to the last."""
+    """New tokens of one run, and the seconds from the first of them to the last.
+
+    `places`: which draft of its pass each token was, from 1; 0 of a token that the backbone made itself.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     rows: list[mx.array] = field(default_factory=list)  # log-probabilities [V] of each token
     seconds: float = 0.0
     stats: DecodeStats = field(default_factory=DecodeStats)
@@ -311,11 +336,12 @@ def _both(model: Model, prompt: Prompt, how: How, plain_first: bool) -> PromptRu
 def _timed(steps: Iterable[Token], stop: frozenset[int], stats: DecodeStats) -> Decoded:
     out = Decoded(stats=stats)
     start = last = 0.0
-    for token, row, _ in steps:
+    for token, row, is_draft in steps:  # a pass ends with a token of the backbone, so its drafts follow one
         last = time.perf_counter()
         if not out.tokens:
             start = last
         out.tokens.append(token)
+        out.places.append((out.places[-1] if out.places else 0) + 1 if is_draft else 0)
         out.rows.append(row)
         if token in stop:
             break

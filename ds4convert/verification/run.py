@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,14 @@ from ds4convert.generation.open_folder import finished
 from ds4convert.verification import layerwise, prompts, structure, verdict
 from ds4convert.verification.against_source import against_source
 from ds4convert.verification.checks import Check
-from ds4convert.verification.facts import DecodeFacts, Numerics, PromptTokens, SourceKL, record_of
+from ds4convert.verification.facts import DecodeFacts, Numerics, PromptTokens, Reply, SourceKL, Word, record_of
 from ds4convert.verification.head import _head_problems, _judge, _unfit_head
 from ds4convert.verification.request import RUNNING, Outcome, Request, Say, needs_model
 from ds4convert.verification.structure import altered_tensors
 from ds4convert.words.figures import Progress
 
 if TYPE_CHECKING:
-    from ds4convert.evaluate.decode_runs import Compute, Prompt, Runs
+    from ds4convert.evaluate.decode_runs import Compute, Prompt, PromptRun, Runs
     from ds4convert.evaluate.forced import Passed
     from ds4convert.inference.deepseek_v4.model import Model
 
@@ -294,9 +295,21 @@ def _divergence_from_source(request: Request, model: Model, passes: list[Passed]
 
 
 def _decode_facts(runs: Runs, request: Request) -> DecodeFacts:
+    from ds4convert.evaluate import decode_runs
+
+    spell = decode_runs.speller(request.folder)
     return DecodeFacts(
         prompts=tuple(PromptTokens(r.prompt.name, len(r.prompt.ids), r.prompt.is_text) for r in runs.runs),
         max_tokens=request.max_tokens,
         new_tokens=sum(len(r.plain.tokens) for r in runs.runs),
         plain_tokens_per_second=round(runs.plain_rate_tok_s, 2),
+        texts=tuple(_reply(run, spell) for run in runs.runs),
     )
+
+
+def _reply(run: PromptRun, spell: Callable[[Sequence[int]], list[str]]) -> Reply:
+    drafted = None
+    if run.mtp is not None:
+        drafted = tuple(map(Word, spell(run.mtp.tokens), run.mtp.places))
+    differs = run.divergence.position if run.divergence is not None else None
+    return Reply(run.prompt.name, "".join(spell(run.prompt.ids)), tuple(spell(run.plain.tokens)), drafted, differs)
