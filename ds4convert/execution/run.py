@@ -161,7 +161,7 @@ def _check_room(out: Path, plan: Plan, fresh: bool, more_bytes: int, way: Way) -
     """Raise `EnvironmentFault` when the disk cannot hold what is still to be written, of a part what that writes.
 
     `fresh`: what an earlier conversion left in the folder will be removed, so its room counts as free. Of files that do
-    not stay, as many lie here as are written at a time.
+    not stay, as many lie here as are written at a time, and those that wait for the digest of a source file elsewhere.
     """
     part = way.part
     files = plan.files if part is None else [plan.files[n] for n in parts.files_of(plan, part)]
@@ -169,7 +169,7 @@ def _check_room(out: Path, plan: Plan, fresh: bool, more_bytes: int, way: Way) -
     if not way.deposit.keeps:
         at_once = way.jobs * len(division.divided(plan, way.cores or all_cores(), len(files)).workers)
         files = sorted(files, key=lambda f: -f.size)[:at_once]
-        need = sum(f.size for f in files)
+        need = sum(f.size for f in files) + (max((s.size for s in plan.sources), default=0) if way.window_bytes else 0)
     need += more_bytes + MARGIN_BYTES
     for f in files:
         for path in (out / f.name, out / (f.name + PARTIAL)):

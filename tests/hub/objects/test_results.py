@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -76,9 +78,9 @@ def results() -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def shard_puts(s3: S3) -> list[str]:
-    """Return the names of the tensor files that were taken, in their order."""
-    return [p.rpartition("/")[2] for p, _, status in s3.puts if p.endswith(".safetensors") and status.startswith("200")]
+def shard_puts(s3: S3, status: str = "200") -> list[str]:
+    """Return the names of the tensor files that were taken, in their order; with `status` "" all that were tried."""
+    return [p.rpartition("/")[2] for p, _, told in s3.puts if p.endswith(".safetensors") and told.startswith(status)]
 
 
 def test_every_file_is_put_where_none_is_the_manifest_last_and_a_few_lie_here_at_once(
@@ -136,7 +138,7 @@ def test_parts_on_machines_that_share_nothing_but_the_store_make_the_same_folder
     machine("the last")
     ended = ds4.convert(source, f"s3://models/{where}", **OPTIONS)
     assert ended.resumed and s3.contents(where) == whole
-    assert before and set(shard_puts(s3)).isdisjoint(before)
+    assert before and set(shard_puts(s3, "")).isdisjoint(before)
 
 
 # --- cut off ---------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_what_is_there_is_neither_made_nor_put_again(
     machine("another")
     done = ds4.convert(source, f"s3://models/{where}", **OPTIONS)
     assert done.resumed and s3.contents(where) == whole
-    assert set(shard_puts(s3)).isdisjoint(before)
+    assert set(shard_puts(s3, "")).isdisjoint(before)
 
 
 def test_ctrl_c_does_not_wait_for_a_put_that_hangs(s3: S3, where: str, source: Path, whole: dict[str, str]) -> None:
@@ -378,25 +380,38 @@ def test_what_was_made_of_another_state_of_the_source_is_not_taken_over(
     assert MANIFEST not in s3.contents(where)
 
 
+def in_one_shard(source: Path, to: Path) -> Path:
+    """Return a copy of a checkpoint whose tensors lie in one file."""
+    shutil.copytree(source, to, ignore=shutil.ignore_patterns("*.safetensors*"))
+    table, data = {}, b""
+    for name, found in s.stored(source).items():
+        raw = found.path.read_bytes()[found.start : found.start + found.size]
+        table[name] = {"dtype": found.dtype, "shape": found.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    header = json.dumps(table).encode()
+    (to / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return to
+
+
 def test_no_file_is_put_before_the_digests_of_its_sources_are_known(
-    s3: S3, where: str, source: Path, whole: dict[str, str]
+    s3: S3, where: str, source: Path, tmp_path: Path
 ) -> None:
-    """Nothing there can be made anew: a shard whose bytes came wrong may not leave anything."""
-    s3.put(source, f"{where}-source")
-    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.glob("*.safetensors")}
-    wrong = dict.fromkeys(sums, "0" * 64)
+    """Nothing there can be made anew: of a shard of which one byte came wrong no file may be left."""
+    one = in_one_shard(source, tmp_path / "one")
+    s3.put(one, f"{where}-source")
+    right = hashlib.sha256((one / "model.safetensors").read_bytes()).hexdigest()
 
-    def tell(digests: dict[str, str]) -> None:
-        text = "".join(f"{d}  {n}\n" for n, d in digests.items())
-        assert s3.request("PUT", f"/models/{where}-source/SHA256SUMS", text.encode()) == 200
+    def tell(digest: str) -> None:
+        assert s3.request("PUT", f"/models/{where}-source/SHA256SUMS", f"{digest}  model.safetensors\n".encode()) == 200
 
-    tell(wrong)
+    tell("0" * 64)
     with pytest.raises(ds4.EnvironmentFault, match="have not the sha256 that is listed"):
-        ds4.convert(f"s3://models/{where}-source", f"s3://models/{where}", **OPTIONS)
+        ds4.convert(f"s3://models/{where}-source", f"s3://models/{where}", window="1MB", **OPTIONS)
     assert not [n for n in s3.contents(where) if n.endswith(".safetensors")]
-    tell(sums)
-    ds4.convert(f"s3://models/{where}-source", f"s3://models/{where}", **OPTIONS)
-    assert s3.contents(where) == whole
+    tell(right)
+    done = ds4.convert(f"s3://models/{where}-source", f"s3://models/{where}", window="1MB", **OPTIONS)
+    assert s3.contents(where) == local(one, tmp_path / "out")
+    assert done.plan.as_json()["output_shards"] > 3
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------
