@@ -85,7 +85,16 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.lastResort = None  # what prints the records of loggers that nobody set up
+    logging.lastResort = _Ours(logging.WARNING)
+
+
+class _Ours(logging.Handler):
+    """Prints the records of loggers that nobody set up: ours (what a drive or a store lacks), and no library's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record of ours in one line."""
+        if record.name.partition(".")[0] == "ds4convert":
+            print(line(record.getMessage()), file=sys.stderr)
 
 
 def _mend_temporary_folder() -> None:
