@@ -107,7 +107,7 @@ def test_logits_are_those_of_one_process_and_each_rank_holds_its_share(
 def test_text_and_acceptance_are_those_of_one_process_and_the_first_rank_alone_prints(
     folders: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
-    words = ["generate", folders[kind], "--prompt-ids", IDS, "--max-tokens", "24", "--dtype", "float32", "--json"]
+    words = ["generate", folders[kind], "--prompt-ids", IDS, "--max-tokens", "10", "--dtype", "float32", "--json"]
     alone = json.loads(s.cli(*words).stdout)
     first, second = together(tmp_path, words, words)
     found = json.loads(first.stdout)
@@ -117,10 +117,10 @@ def test_text_and_acceptance_are_those_of_one_process_and_the_first_rank_alone_p
 
 
 def test_sampled_text_is_one_text_though_no_seed_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
-    words = ["generate", folders["classic"], "--prompt-ids", IDS, "--max-tokens", "16", "--temp", "1.2", "--json"]
+    words = ["generate", folders["classic"], "--prompt-ids", IDS, "--max-tokens", "6", "--temp", "1.2", "--json"]
     first, second = together(tmp_path, words, words)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr  # else they were told apart at the end
-    assert len(json.loads(first.stdout)["tokens"]) == 16
+    assert len(json.loads(first.stdout)["tokens"]) == 6
 
 
 @pytest.mark.slow
@@ -131,7 +131,8 @@ def test_verify_by_mlx_launch_proves_the_head_as_one_process_does(
     launch = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
     if launch is None:
         pytest.skip("mlx.launch, which comes with mlx, is not beside this Python")
-    words = ["verify", folders[kind], "--mtp", "--max-tokens", "12", "--dtype", "float32", "--json"]
+    (tmp_path / "prompts.txt").write_text(f"{IDS}\n")
+    words = ["verify", folders[kind], "--mtp", "--prompts", tmp_path / "prompts.txt", "--max-tokens", "8", "--json"]
     alone = json.loads(s.cli(*words).stdout)
     program = tmp_path / "ds4convert"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ds4convert "$@"\n')
@@ -139,8 +140,8 @@ def test_verify_by_mlx_launch_proves_the_head_as_one_process_does(
     port = environments(tmp_path)  # two free ports in a row are likely where one is
     start = json.loads(Path(port[0]["MLX_HOSTFILE"]).read_text())[0][0].partition(":")[2]
     done = subprocess.run(
-        [launch, "-n", "2", "--backend", "ring", "-p", start, str(program), *map(str, words)],
-        env=s.environment(), capture_output=True, text=True, timeout=900,
+        [launch, "-n", "2", "--backend", "ring", "-p", start, "--", str(program), *map(str, words)],
+        env=s.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=900,
     )  # fmt: skip
     found = json.loads(done.stdout)
     same = ("present", "kind", "acceptance", "drafted", "accepted", "tokens_per_pass", "greedy_equal", "verdict")
