@@ -141,7 +141,7 @@ def test_verify_by_mlx_launch_proves_the_head_as_one_process_does(
     start = json.loads(Path(port[0]["MLX_HOSTFILE"]).read_text())[0][0].partition(":")[2]
     done = subprocess.run(
         [launch, "-n", "2", "--backend", "ring", "-p", start, "--", str(program), *map(str, words)],
-        env=s.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=900,
+        env=s.environment(), stdin=subprocess.PIPE, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     found = json.loads(done.stdout)
     same = ("present", "kind", "acceptance", "drafted", "accepted", "tokens_per_pass", "greedy_equal", "verdict")
