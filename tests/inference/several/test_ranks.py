@@ -144,12 +144,10 @@ def test_verify_by_mlx_launch_proves_the_head_as_one_process_does(
         env=s.environment(), stdin=subprocess.PIPE, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     found = json.loads(done.stdout)
-    same = ("present", "kind", "acceptance", "drafted", "accepted", "tokens_per_pass", "greedy_equal", "verdict")
+    same = ("present", "kind", "acceptance", "drafted", "accepted", "tokens_per_pass", "greedy_equal")
     assert [found["mtp"][k] for k in same] == [alone["mtp"][k] for k in same]
-    assert found["checks"] == alone["checks"] or [c["ok"] for c in found["checks"]] == [
-        c["ok"] for c in alone["checks"]
-    ]
-    assert found["ok"] and alone["ok"]
+    assert [(c["name"], c["ok"]) for c in found["checks"]] == [(c["name"], c["ok"]) for c in alone["checks"]]
+    assert found["ok"] == alone["ok"]  # mlx.launch itself ends with 0, whatever its processes end with
 
 
 @pytest.mark.parametrize(
