@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds4convert.checkpoint import advice
 from ds4convert.errors import UsageError
-from ds4convert.hub.objects.address import is_address
+from ds4convert.hub.objects.address import Address, is_address, place_of_result
 
 if TYPE_CHECKING:
     from ds4convert.planning.parts import Part
@@ -168,6 +168,11 @@ def check_here(place: PathLike) -> None:
             f"{os.fspath(place)}: has to be on this machine, as it is read or written in place; copy it from or to the "
             "store with the store's own program"
         )
+
+
+def result_place(out: PathLike) -> Address | None:
+    """Return the folder of a store that a result is to go to, None where it is a folder here. Raises `UsageError`."""
+    return place_of_result(out) if isinstance(out, str) else None
 
 
 def check_jobs(jobs: int) -> None:

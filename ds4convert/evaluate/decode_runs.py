@@ -22,6 +22,7 @@ from ds4convert.inference.load import MemoryEstimate, free_memory_bytes, memory_
 
 if TYPE_CHECKING:
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
 WARM_UP_TOKENS = 8
@@ -114,7 +115,7 @@ class Compute:
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
-def choose_compute(folder: Path, context: int, dtype: str | None = None) -> Compute:
+def choose_compute(folder: Path, context: int, dtype: str | None = None, ranks: Team | None = None) -> Compute:
     """How to load a folder: dense float32 where half of the free memory holds it, else packed bfloat16.
 
     Quantized products are slow on a CPU, so matrices are dequantized there; on a GPU they stay packed. `dtype`
@@ -123,14 +124,14 @@ def choose_compute(folder: Path, context: int, dtype: str | None = None) -> Comp
     free = free_memory_bytes()
     room = (free if free is not None else 1 << 62) * DENSE_SHARE
     wanted = dtype or "float32"
-    estimate = memory_estimate(folder, context, wanted)
+    estimate = memory_estimate(folder, context, wanted, ranks=ranks)
     on_cpu = mx.default_device() == mx.cpu
     dense = _dense_bytes(folder, estimate, wanted)
     if on_cpu and dense <= room:
         return Compute(wanted, True, dense, free)
     if dtype is None and estimate.total_bytes > room:
         wanted = "bfloat16"
-        estimate = memory_estimate(folder, context, wanted)
+        estimate = memory_estimate(folder, context, wanted, ranks=ranks)
     return Compute(wanted, False, estimate.total_bytes, free)
 
 
