@@ -30,6 +30,7 @@ from ds4convert.cli.shell import colour  # noqa: E402
 from ds4convert.cli.shell.group import wants_json  # noqa: E402
 from ds4convert.errors import Ds4Error, FindingsError  # noqa: E402
 from ds4convert.storage.limits import forgive_refusals, raise_open_files  # noqa: E402
+from ds4convert.words import launched  # noqa: E402
 from ds4convert.words.terminal import Escaped, line  # noqa: E402
 
 
@@ -46,6 +47,8 @@ def main() -> None:
     _quiet_libraries()
     _mend_temporary_folder()
     session = Session()
+    if not launched.is_first():
+        _be_silent()
     code = _run(session)
     interrupts.done()
     sys.exit(code)
@@ -85,7 +88,21 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.lastResort = None  # what prints the records of loggers that nobody set up
+    logging.lastResort = _Ours(logging.WARNING)
+
+
+def _be_silent() -> None:
+    """Have a process that was launched beside the first one print nothing; what goes wrong here alone, `_fail` says."""
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # until the process ends
+
+
+class _Ours(logging.Handler):
+    """Prints the records of loggers that nobody set up: ours (what a drive or a store lacks), and no library's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record of ours in one line."""
+        if record.name.partition(".")[0] == "ds4convert":
+            print(line(record.getMessage()), file=sys.stderr)
 
 
 def _mend_temporary_folder() -> None:
@@ -142,6 +159,8 @@ def _ended(session: Session) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Ds4Error as e:
+        if e.is_told and not launched.is_first():
+            return e.exit_code
         told = str(e) if isinstance(e, FindingsError) else line(str(e))
         return _fail(session, dataclasses.replace(Failure.of(e), message=told))
     except OSError as e:
@@ -175,6 +194,8 @@ def _fail(session: Session, failure: Failure, prefix: str = "Error: ") -> int:
     if session.verbose >= 2:
         traceback.print_exc()
     colour.write(f"{prefix}{failure.message}", sys.stderr)
+    if not launched.is_first() and prefix:
+        print(f"rank {launched.rank()}: {prefix}{line(failure.message)}", file=sys.__stderr__)
     session.failed(failure)
     return failure.code
 

@@ -37,6 +37,8 @@ class Ds4Error(Exception):
 
     exit_code = 1
     kind = "error"
+    is_told = False
+    """Whether another process tells it: the first of several that were launched together."""
 
     def __init__(
         self, message: str = "", *, file: str | None = None, tensor: str | None = None, hint: str | None = None

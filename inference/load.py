@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
 __all__ = ["Stored", "read_args", "read_config", "read_weights", "stored_tensors", "weight_files"]
@@ -46,16 +47,22 @@ def load_model(
     dense: bool = False,
     require_manifest: bool = True,
     drafter: Path | None = None,
+    ranks: Team | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model of a folder, evaluated, and its parsed config.json.
 
     `dtype` is "float32" or "bfloat16"; `dense` dequantizes all matrices (fast on a CPU, large);
     `drafter` names the head's own folder where it is not `mtp/`; its head is run even if the folder has one.
+    Of several `ranks` each gets its share of the backbone's experts.
     Raises InputError, ConfigError or InventoryError before anything is computed.
     """
     import mlx.core as mx
 
     model, config = open_model(folder, require_manifest=require_manifest, drafter=drafter)
+    if ranks is not None:
+        from .several.experts import divide
+
+        divide(model, ranks)
     model.set_compute_dtype({"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype])
     if dense:
         model.dequantize()
@@ -241,13 +248,16 @@ class MemoryEstimate:
         return (self.weight_bytes + self.cache_bytes) * 11 // 10
 
 
-def memory_estimate(folder: Path, context: int, dtype: str = "bfloat16", drafter: Path | None = None) -> MemoryEstimate:
-    """What loading a folder and decoding `context` tokens will hold, from headers and config alone."""
+def memory_estimate(
+    folder: Path, context: int, dtype: str = "bfloat16", drafter: Path | None = None, ranks: Team | None = None
+) -> MemoryEstimate:
+    """What loading a folder and decoding `context` tokens will hold, from headers and config alone; on each rank."""
     args = read_args(read_config(folder), str(folder))
     width = {"float32": 4, "bfloat16": 2}[dtype]
     total = 0
-    for tensor in held_parameters(folder, drafter).values():
-        size = tensor.size_bytes
+    for name, tensor in held_parameters(folder, drafter).items():
+        is_divided = ranks is not None and ".switch_mlp." in name and not name.startswith("mtp.")
+        size = tensor.size_bytes // (ranks.size if ranks is not None and is_divided else 1)
         total += size * width // 2 if tensor.dtype in ("BF16", "F16") else size
     return MemoryEstimate(total, cache_size_bytes(args, context, width))
 

@@ -17,10 +17,10 @@ from ds4convert.api.values import (
     PathLike,
     apart,
     bytes_of,
-    check_here,
     combined,
     flag,
     part_field,
+    result_place,
     size,
     text,
 )
@@ -33,6 +33,7 @@ from ds4convert.execution import run
 from ds4convert.execution.prefetch import LEAST_WINDOW
 from ds4convert.execution.rounding_steps import Importance, no_importance
 from ds4convert.fit import forecast, plan_facts
+from ds4convert.hub.objects.address import Address
 from ds4convert.planning import parts as division
 from ds4convert.planning.parts import Part, Share
 
@@ -140,12 +141,13 @@ class ConversionPlan:
 class Conversion:
     """What `convert` did. `resumed`: an earlier run had done some of it; `already_done`: all of it.
 
-    After a part of a plan `share` is what that was, and there is no manifest yet.
+    `folder` and `manifest` are paths; of a folder of an object store they are addresses. After a part of a plan `share`
+    is what that was, and there is no manifest yet.
     """
 
     plan: ConversionPlan
-    folder: Path
-    manifest: Path | None
+    folder: Path | str
+    manifest: Path | str | None
     resumed: bool
     already_done: bool
     seconds: float
@@ -199,6 +201,8 @@ def convert(
 ) -> Conversion:  # fmt: skip
     """Convert a checkpoint, or carry out a plan, into the folder `out`. Called again after an interruption, it goes on.
 
+    `out` may be a folder of an object store (`s3://`, `gs://`, `az://`), whose files are put there one by one.
+
     Keywords are the options of `plan` and of `RunOptions`: `overwrite`, `window`, `part`, `cluster`. After
     calls with `part` on several machines, one without it ends the conversion. `progress` is called with a `Progress`,
     `say` with a `Message`; what they raise ends the run, which the next call resumes. Raises `UsageError`, `InputError`
@@ -209,9 +213,14 @@ def convert(
     >>> done.manifest.name, done.resumed, ds4.convert("checkpoint", "converted").already_done
     ('ds4convert_manifest.json', False, True)
     """
-    start, listener, target = time.monotonic(), Listener(progress, say), Path(out)
-    check_here(out)
+    start, listener, address = time.monotonic(), Listener(progress, say), result_place(out)
+    target = Path() if address else Path(out)
     how, of_plan = apart(RunOptions, choices)
+    if how.cluster is not None and address:
+        raise UsageError(
+            f"--cluster and {address}: machines of a cluster write into a folder that they all share",
+            hint="give such a folder, or leave out --cluster and have several machines put their --part there",
+        )
     if how.part is not None or how.cluster is not None:
         given = source.options if isinstance(source, ConversionPlan) else combined(ConversionOptions, options, of_plan)
         _check_divisible(given, "the parts" if how.cluster is None else "--cluster")
@@ -220,15 +229,18 @@ def convert(
     else:
         settled = combined(ConversionOptions, options, of_plan)
         _warn_of_unused(settled.without_effect(), of_plan, listener)
-        if not is_remote(source):
+        if not is_remote(source) and not address:
             exchanged(source, target, "SRC and OUT")
         if how.window is not None and not is_remote(source):
             listener.warn("--window has no effect here; it is for a SRC on the Hub or in an object store")
         made = _planned(prepare(source, None, settled, listener), settled, target)
     share = None if how.part is None else division.share(made.prepared.plan, how.part)
-    outcome = _carried_out(made, target, how, share, listener)
-    manifest, seconds = outcome.manifest if outcome.complete else None, time.monotonic() - start
-    return Conversion(made, target, manifest, outcome.resumed, outcome.already_done, seconds, share)
+    outcome = _carried_out(made, address or target, how, share, listener)
+    seconds = time.monotonic() - start
+    folder: Path | str = str(address) if address else target
+    manifest = f"{address}/{outcome.manifest.name}" if address else outcome.manifest
+    ended = manifest if outcome.complete else None
+    return Conversion(made, folder, ended, outcome.resumed, outcome.already_done, seconds, share)
 
 
 def _check_divisible(options: ConversionOptions, asked: str = "the parts") -> None:
@@ -265,11 +277,14 @@ def _again(
 
 
 def _carried_out(
-    made: ConversionPlan, out: Path, how: RunOptions, share: Share | None, listener: Listener
+    made: ConversionPlan, place: Path | Address, how: RunOptions, share: Share | None, listener: Listener
 ) -> run.Outcome:
+    from ds4convert.hub.objects import result
+
     prepared, jobs = made.prepared, made.options.jobs
     source, plan_ = prepared.source, prepared.plan
     assert source is not None
+    out = place if isinstance(place, Path) else result.folder_here(place, plan_, how.part)
     if told := ratios_taken(source.inventory):
         listener.note(told)
     for told in zeros.warnings(source.checkpoint) if source.checkpoint.is_here else ():
@@ -286,7 +301,10 @@ def _carried_out(
     if how.cluster is not None:
         return _on_cluster(made, out, way, how.cluster, listener)
     with listener.counting("converting", total, left) as count:
-        return run.run(source, plan_, out, replace(way, progress=count), prepared.ending)
+        way = replace(way, progress=count)
+        if isinstance(place, Path):
+            return run.run(source, plan_, place, way, prepared.ending)
+        return result.carry_out(source, plan_, place, way, prepared.ending)
 
 
 def _on_cluster(made: ConversionPlan, out: Path, way: run.Way, address: str, listener: Listener) -> run.Outcome:

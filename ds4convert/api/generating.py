@@ -163,10 +163,14 @@ def begin(
 
     The prompt (a text, or ids as `1,2,3`) is refused before the model is loaded; `load` has no prompt to refuse.
     """
-    listener = Listener(say=say)
-    numbers = None if ids is None else generation.parse_ids(ids)
-    request = generation.Request(prompt, numbers, **choices)
-    running = generation.prepare(local(folder), request, listener.warn)
+    from ds4convert.inference.several.ranks import team, together
+
+    listener, ranks = Listener(say=say), team()
+    with together(ranks):
+        numbers = None if ids is None else generation.parse_ids(ids)
+        request = generation.Request(prompt, numbers, **choices)
+        place = local(folder)
+    running = generation.prepare(place, request, listener.warn, ranks)
     if running.text is not None:
         listener.detail(f"prompt: {running.text!r}")
     return running

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds4convert.checkpoint import advice
 from ds4convert.errors import UsageError
-from ds4convert.hub.objects.address import is_address
+from ds4convert.hub.objects.address import Address, is_address, place_of_result
 
 if TYPE_CHECKING:
     from ds4convert.planning.parts import Part
@@ -57,7 +57,7 @@ def mac_size(value: int | str) -> int:
     """Return the bytes of memory of a Mac, as it is sold: 128, 128G, 128GB and 128GiB are all 128 GiB."""
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*(g|gb|gib|t|tb|tib|)\s*", value.lower())
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*(g|gb|gib|t|tb|tib|)\s*", value.lower(), re.ASCII)
     if match is None or not 1 <= (gib := float(match[1]) * (1024 if match[2][:1] == "t" else 1)) <= 1 << 20:
         raise UsageError(f"{value!r} is not the memory of a Mac, such as 128GB")
     return int(gib * (1 << 30))
@@ -168,6 +168,11 @@ def check_here(place: PathLike) -> None:
             f"{os.fspath(place)}: has to be on this machine, as it is read or written in place; copy it from or to the "
             "store with the store's own program"
         )
+
+
+def result_place(out: PathLike) -> Address | None:
+    """Return the folder of a store that a result is to go to, None where it is a folder here. Raises `UsageError`."""
+    return place_of_result(out) if isinstance(out, str) else None
 
 
 def check_jobs(jobs: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -15,12 +17,15 @@ from ds4convert.checkpoint.source import Source
 from ds4convert.checkpoint.types import JSON
 from ds4convert.converted import verify_record
 from ds4convert.errors import EnvironmentFault, UsageError
+from ds4convert.inference.several.ranks import team, together
 from ds4convert.planning.parts import Part
 from ds4convert.report import html
+from ds4convert.report.setting import Setting
 from ds4convert.verification import run
 from ds4convert.verification.checks import Check, work
 from ds4convert.verification.facts import Facts
 from ds4convert.verification.request import LEVELS, Outcome, Request, level_of
+from ds4convert.words import launched
 
 DTYPES = ("float32", "bfloat16")
 
@@ -140,7 +145,7 @@ def verify(
     """Check a converted folder: finished, complete, unaltered; with `source` equal to it; with `mtp` its head as well.
 
     A check that fails is a result, not an error. Raises `UsageError` for options that do not go together, and
-    `InputError` where a folder that is to be run cannot be loaded.
+    `InputError` where a folder that is to be run cannot be loaded. Processes that mlx.launch started do it together.
 
     >>> import ds4convert as ds4
     >>> done = ds4.convert("checkpoint", "converted")
@@ -152,20 +157,43 @@ def verify(
     unused = settled.without_effect()
     for name in unused.keys() & choices.keys():
         listener.warn(f"--{name.replace('_', '-')} has no effect here; it is for {unused[name]}")
-    base = local(folder, "no such folder")
-    request = _request(base, settled)
-    if settled.report is not None:
-        html.check_target(settled.report)
+    ranks = team()
+    with together(ranks):
+        base = local(folder, "no such folder")
+        request = _request(base, settled)
+        if settled.report is not None and launched.is_first():
+            html.check_target(settled.report)
     with listener.counting("verifying", work(base, settled.source is not None)) as count:
-        outcome = run.run(request, listener.note, count)
-    if settled.mtp and settled.drafter is None:  # what is kept is told of the folder's own head
+        outcome = run.run(request, listener.note, count, ranks)
+    if settled.mtp and settled.drafter is None and launched.is_first():  # what is kept is told of the folder's own head
         _keep_figures(base, outcome, listener)
-    if settled.report is not None:
-        html.write(settled.report, base, outcome)
+    if settled.report is not None and launched.is_first():
+        html.write(settled.report, base, outcome, _setting(base, settled))
         listener.note(f"Report: {settled.report}")
     for told in zeros.of_folder(base):
         listener.warn(told)
     return Verification(tuple(outcome.checks), outcome.facts)
+
+
+def _setting(folder: Path, options: VerifyOptions) -> Setting:
+    """Return what the page tells of this run: the command, of files and folders the names alone, and the machine."""
+    from ds4convert.api.asking import machine
+
+    words = ["ds4convert", "verify", folder.resolve().name]
+    for field in dataclasses.fields(options):
+        value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            words += [option] if value is True else [option, _named(value)]
+    return Setting(shlex.join(words), machine.described())
+
+
+def _named(value: object) -> str:
+    """Return the value of an option without the path to a file or folder."""
+    if isinstance(value, Opened):
+        return value.name if value.path is None else value.path.name
+    if isinstance(value, Path) or (isinstance(value, str) and not is_remote(value) and os.sep in value):
+        return Path(value).resolve().name
+    return str(value)
 
 
 def _request(folder: Path, options: VerifyOptions) -> Request:

@@ -200,12 +200,10 @@ def _first_difference(
     """Return (row, column) of the first element whose value, or code of the same kind, differs."""
     unequal = _unequal(va, vb)
     if (a.store, b.store) in SAME_CODES or (a.store == b.store and a.codec is None):
-        per_code = unequal.shape[1] // ca.shape[1] if ca.shape[1] <= unequal.shape[1] else 0
-        other = ca != cb
-        if per_code:
-            unequal |= other.repeat(per_code, axis=1)
-        else:
-            unequal |= other.reshape(*unequal.shape, -1).any(axis=2)
+        other = ca ^ cb
+        if ca.shape[1] < unequal.shape[1]:  # two codes in a byte, that of the even column in the low half
+            other = np.stack([other & 15, other >> 4], axis=2)
+        unequal |= other.reshape(*unequal.shape, -1).any(axis=2)
     at = np.argwhere(unequal)
     return (int(at[0][0]), int(at[0][1])) if at.size else None
 

@@ -12,7 +12,7 @@ import click
 from ds4convert.cli.options import PART, conversion_options
 from ds4convert.cli.session import Session, common, is_given
 from ds4convert.cli.shell.group import also_called, cli
-from ds4convert.cli.shell.kinds import CONFIG, FOLDER, SOURCE, Size
+from ds4convert.cli.shell.kinds import CONFIG, FOLDER, RESULT, SOURCE, Size
 from ds4convert.words import terminal
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def plan(
 
 @cli.command()
 @click.argument("src", type=SOURCE)
-@click.argument("out", type=FOLDER)
+@click.argument("out", type=RESULT)
 @click.option("--overwrite", is_flag=True, help="Replace a conversion that OUT holds; other files in OUT stay.")
 @click.option("--window", type=Size(), default="8GB", show_default=True,
               help="With SRC on the Hub or in a store: most bytes of it that lie on the disk at once.")  # fmt: skip
@@ -95,18 +95,18 @@ def plan(
 @conversion_options
 @common()
 def quantize(
-    session: Session, src: str, out: Path, window: int, part: Part | None, cluster: str | None, **choices: Any
+    session: Session, src: str, out: Path | str, window: int, part: Part | None, cluster: str | None, **choices: Any
 ) -> None:
     """Convert the checkpoint SRC into the MLX folder OUT. Run it again after an interruption: it goes on.
 
     A SRC on the Hub is not stored: its shards are fetched ahead of use and dropped after, each checked against the
-    digest that the Hub lists. So is one in an object store (s3://, gs://, az://), where
-    a file SHA256SUMS tells digests.
+    digest that the Hub lists. So is one in an object store (s3://, gs://, az://), where a file SHA256SUMS tells
+    digests. OUT may be a folder of such a store: each file is put there when it is whole, replacing nothing.
 
     \b
     Example: ds4convert quantize DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --keep-mtp
              ds4convert quantize hf://deepseek-ai/DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx --window 20GB
-             ds4convert quantize s3://models/DeepSeek-V4-Flash DeepSeek-V4-Flash-mlx
+             ds4convert quantize s3://models/DeepSeek-V4-Flash s3://models/DeepSeek-V4-Flash-mlx
     """
     from ds4convert.api import conversion, opening
     from ds4convert.api.conversion_options import ConversionOptions
@@ -119,7 +119,8 @@ def quantize(
     with session.listening() as heard:
         how: conversion.RunChoices = {"overwrite": overwrite, "window": most, "part": part, "cluster": cluster}
         done = conversion.convert(src, out, options, **how, **heard)
-    then = shlex.join(["ds4convert", "verify", str(out), *([] if opening.is_remote(src) else ["--source", src])])
+    verify = ["verify", str(out), *([] if opening.is_remote(src) else ["--source", src])]
+    then = shlex.join(["ds4convert", *(verify if isinstance(out, Path) else ["inspect", out])])
     session.emit(done.as_json(), partial(report.conversion, out=terminal.line(out)), then if done.manifest else "")
 
 

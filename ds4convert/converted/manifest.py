@@ -120,7 +120,11 @@ def read(folder: Path) -> Manifest | None:
     """
     if not (folder / MANIFEST_NAME).exists():
         return None
-    raw = read_small(folder, MANIFEST_NAME, MAX_BYTES)
+    return parsed(read_small(folder, MANIFEST_NAME, MAX_BYTES))
+
+
+def parsed(raw: bytes) -> Manifest:
+    """Return a manifest from its bytes. Raises `InputError` as `read` does."""
     table = strict_json.loads(raw, MANIFEST_NAME)
     if not isinstance(table, dict) or table.get("manifest_version") != VERSION:
         raise InputError(f"{MANIFEST_NAME}: not a manifest that this version of ds4convert reads")

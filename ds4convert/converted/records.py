@@ -270,9 +270,18 @@ class Manifest:
 
     def losses(self) -> tuple[LayerLoss, ...]:
         """Return what rounding cost per group and layer; () where nothing was rounded."""
-        if not any(t.error for t in self.tensors):
-            return ()
+        return self.layers() if any(t.error for t in self.tensors) else ()
+
+    def layers(self) -> tuple[LayerLoss, ...]:
+        """Return formats and bits of the matrices per group and layer, and what rounding cost, which may be nothing."""
         return rounding_losses.by_layer(m for t in self.tensors if (m := t.matrix()) is not None)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Return the stored bits for each weight of a matrix, scales included; None where there is no matrix."""
+        found = [m for t in self.tensors if (m := t.matrix()) is not None]
+        weights = sum(m.weights for m in found)
+        return sum(m.bits * m.weights for m in found) / weights if weights else None
 
 
 def _tool(f: Fields) -> Tool:

@@ -22,6 +22,7 @@ from ds4convert.inference.load import MemoryEstimate, free_memory_bytes, memory_
 
 if TYPE_CHECKING:
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
 WARM_UP_TOKENS = 8
@@ -70,6 +71,27 @@ def encoder(folder: Path) -> Callable[[str], list[int]] | None:
     return lambda text: tokens.encode(tokenizer, text)
 
 
+def speller(folder: Path) -> Callable[[Sequence[int]], list[str]]:
+    """What turns token ids into the text that each adds to those before it; without a tokenizer.json, into numbers.
+
+    Of a character that several tokens make up, the last one has the text, the others "".
+    """
+    if not os.path.lexists(folder / tokens.TOKENIZER):
+        return lambda ids: [f"{n} " for n in ids]
+    tokenizer = tokens.read_tokenizer(folder)
+
+    def spell(ids: Sequence[int]) -> list[str]:
+        out, told = [], ""
+        for end in range(1, len(ids) + 1):
+            text = str(tokenizer.decode(list(ids[:end])))
+            is_whole = end == len(ids) or not text.endswith("\ufffd")
+            out.append(text[len(told) :] if is_whole else "")
+            told = text if is_whole else told
+        return out
+
+    return spell
+
+
 def stop_tokens(folder: Path) -> frozenset[int]:
     """Ids that end a text, as every command has them (`tokens.stop_tokens`)."""
     return tokens.stop_tokens(folder, read_config(folder))
@@ -93,7 +115,7 @@ class Compute:
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
-def choose_compute(folder: Path, context: int, dtype: str | None = None) -> Compute:
+def choose_compute(folder: Path, context: int, dtype: str | None = None, ranks: Team | None = None) -> Compute:
     """How to load a folder: dense float32 where half of the free memory holds it, else packed bfloat16.
 
     Quantized products are slow on a CPU, so matrices are dequantized there; on a GPU they stay packed. `dtype`
@@ -102,14 +124,14 @@ def choose_compute(folder: Path, context: int, dtype: str | None = None) -> Comp
     free = free_memory_bytes()
     room = (free if free is not None else 1 << 62) * DENSE_SHARE
     wanted = dtype or "float32"
-    estimate = memory_estimate(folder, context, wanted)
+    estimate = memory_estimate(folder, context, wanted, ranks=ranks)
     on_cpu = mx.default_device() == mx.cpu
     dense = _dense_bytes(folder, estimate, wanted)
     if on_cpu and dense <= room:
         return Compute(wanted, True, dense, free)
     if dtype is None and estimate.total_bytes > room:
         wanted = "bfloat16"
-        estimate = memory_estimate(folder, context, wanted)
+        estimate = memory_estimate(folder, context, wanted, ranks=ranks)
     return Compute(wanted, False, estimate.total_bytes, free)
 
 
@@ -141,9 +163,13 @@ class Divergence:
 
 @dataclass
 class Decoded:
-    """New tokens of one run, and the seconds from the first of them to the last."""
+    """New tokens of one run, and the seconds from the first of them to the last.
+
+    `places`: which draft of its pass each token was, from 1; 0 of a token that the backbone made itself.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     rows: list[mx.array] = field(default_factory=list)  # log-probabilities [V] of each token
     seconds: float = 0.0
     stats: DecodeStats = field(default_factory=DecodeStats)
@@ -311,11 +337,12 @@ def _both(model: Model, prompt: Prompt, how: How, plain_first: bool) -> PromptRu
 def _timed(steps: Iterable[Token], stop: frozenset[int], stats: DecodeStats) -> Decoded:
     out = Decoded(stats=stats)
     start = last = 0.0
-    for token, row, _ in steps:
+    for token, row, is_draft in steps:  # a pass ends with a token of the backbone, so its drafts follow one
         last = time.perf_counter()
         if not out.tokens:
             start = last
         out.tokens.append(token)
+        out.places.append((out.places[-1] if out.places else 0) + 1 if is_draft else 0)
         out.rows.append(row)
         if token in stop:
             break

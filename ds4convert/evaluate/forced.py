@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -172,7 +172,10 @@ def chunk_invariance(model: Model, ids: Sequence[int], chunk: int = 7, singles: 
 
 @dataclass(frozen=True)
 class SourceDivergence:
-    """KL(source || converted) in nats over the prompts, of backbone or head."""
+    """KL(source || converted) in nats over the prompts, of backbone or head.
+
+    `perplexity`: the source's own per token, of each text; empty of the head, whose logits are drafts.
+    """
 
     positions: int
     mean: float
@@ -180,6 +183,7 @@ class SourceDivergence:
     maximum: float
     argmax_equal: float
     per_prompt: dict[str, float]  # median of each prompt
+    perplexity: dict[str, float] = field(default_factory=dict)
 
 
 def source_divergence(
@@ -190,13 +194,17 @@ def source_divergence(
     `drafts` are the converted head's logits for each pass, empty where either model has no head.
     """
     rows: dict[str, list[tuple[str, mx.array, mx.array]]] = {"backbone": [], "head": []}
+    perplexity: dict[str, float] = {}
     for number, passed in enumerate(passes):
         theirs = pass_of(source, passed.prompt)
         name = passed.prompt.name
+        if passed.prompt.is_text:
+            perplexity[name] = _perplexity(theirs)
         rows["backbone"].append((name, theirs.logits, passed.logits))
         if drafts and source.head.present:
             rows["head"].append((name, head_logits(source, theirs), drafts[number]))
-    return {part: _summed(pairs) for part, pairs in rows.items() if pairs}
+    found = {part: _summed(pairs) for part, pairs in rows.items() if pairs}
+    return {k: replace(d, perplexity=perplexity) if k == "backbone" else d for k, d in found.items()}
 
 
 def _summed(pairs: list[tuple[str, mx.array, mx.array]]) -> SourceDivergence:

@@ -24,6 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ds4convert.errors import InputError
+from ds4convert.evaluate.stages import attending
 from ds4convert.evaluate.stages.matrices import (
     EXPERT_MATRICES,
     Change,
@@ -377,9 +378,10 @@ def _densify(model: Model, dtype: mx.Dtype, observe: Observe | None = None) -> t
     model.dequantize()
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     model.update_modules(tree_unflatten([(path, DenseLinear(module.weight, path, observe)) for path, module in linear]))
-    if observe is not None:
-        for path, module in model.named_modules():
-            if isinstance(module, Attention):
+    for path, module in model.named_modules():
+        if isinstance(module, Attention):
+            attending.settle(module, dtype)
+            if observe is not None:
                 _observe_groups(module, f"{path}.wo_a", observe)
     return model.model.hc_head, model.model.norm
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import xxhash
 
+from ds4convert.execution.elsewhere.deposit import Deposit, Leaving, Stays
 from ds4convert.execution.journal import Begun, Finished, Log
 from ds4convert.execution.rounding_steps import STORES, Importance, no_importance, pieces
 from ds4convert.execution.sources import Sources
@@ -353,6 +354,7 @@ class Run:
     cores: int = field(default_factory=all_cores)
     stop: threading.Event = field(default_factory=threading.Event)
     result: Result = field(default_factory=Result)
+    deposit: Deposit = field(default_factory=Stays)
 
     def __post_init__(self) -> None:
         self.steps_of: list[list[int]] = [[] for _ in self.plan.files]
@@ -362,6 +364,7 @@ class Run:
         self.compensated = any(s.params.get("rounding") == COMPENSATED for s in rounded)
         self.weights = sum(s.weights for s in rounded)
         self.pool = rounding_pool(self.weights, self.compensated, self.cores)
+        self.leaving = Leaving(lambda n: self.sources.proven(self.read_by(n)), self.put)
 
     def in_order(self, made: Iterable[Piece | Job]) -> Iterator[Piece]:
         """Yield pieces as they come, those of jobs in their turn: the jobs run side by side, a few ahead.
@@ -414,13 +417,24 @@ class Run:
         activity.at(name)
         with disk_errors("writing", self.out / name):
             self.disk.make_folder((self.out / name).parent)
-        if number in self.finished.files and self._whole(number):
+        there = self.deposit.holds(number)
+        if there or (number in self.finished.files and self._whole(number)):
             self.result.hashes[number] = self.finished.files[number]
             for n in self.steps_of[number]:
                 self.result.steps[n] = self.finished.steps[n]
             self.progress(self.plan.files[number].size - len(self.plan.files[number].header))
-            return
-        FileWriter(self, number).write()
+        else:
+            FileWriter(self, number).write()
+        if not there and not self.deposit.keeps:
+            self.leaving.finished(number)
+
+    def put(self, number: int) -> None:
+        """Hand a finished file over to where it goes, and drop the copy here."""
+        path = self.out / self.plan.files[number].name
+        done = {n: self.result.steps[n] for n in self.steps_of[number]}
+        self.deposit.put(number, path, done, self.result.hashes[number], self.check_stop)
+        with disk_errors("removing", path):
+            self.disk.remove(path)
 
     def _whole(self, number: int) -> bool:
         """Return whether a file that an earlier run finished is what the journal says; hashing on, it is read back."""

@@ -137,7 +137,7 @@ def check_same_plan(state: Path, plan: Plan) -> None:
     if found.get("plan") == plan.id:
         return
     command = found.get("command")
-    told = ", ".join(_differences(found, wanted)) or "the version of ds4convert, or the source's small files"
+    told = differences(found, wanted)
     raise OutputError(
         f"{state.parent}: holds an unfinished conversion with other settings ({told}); "
         f"{advice.for_unfinished(show(command, 4096) if isinstance(command, str) else '', ours(state.parent))}"
@@ -150,6 +150,11 @@ _TOLD = {
 }  # fmt: skip
 _CHOICES = ("recipe", "layout", "head", "hashing")
 """What a user chose; the sizes are told only where none of these, and no format, differs."""
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return what tells the plan of the summary `found`, as it was read, from that of `wanted`."""
+    return ", ".join(_differences(found, wanted)) or "the version of ds4convert, or the source's small files"
 
 
 def _differences(found: dict[str, Any], ours: dict[str, Any]) -> Iterable[str]:
@@ -248,8 +253,7 @@ def begin(
         found.steps = {n: d for n, d in found.steps.items() if plan.steps[n].outputs[0].file in files}
         found.files = {n: sha256 for n, sha256 in found.files.items() if n in files}
         found.begun = {n: b for n, b in found.begun.items() if plan.steps[n].outputs[0].file in files}
-    first = {"plan": plan.id, "place": prints.place, "sources": prints.told(part is not None)}
-    lines: list[dict[str, Any]] = [first]
+    lines: list[dict[str, Any]] = [first_line(plan, prints, part is not None)]
     lines += [{"steps": [_step_line(n, d)]} for n, d in found.steps.items()]
     lines += [{"begun": b.line(n)} for n, b in found.begun.items() if n not in found.steps]
     lines += [{"file": n, "sha256": s} for n, s in found.files.items()]
@@ -267,6 +271,27 @@ def record_plan(disk: Disk, state: Path, plan: Plan, marks: Marks, part: Part | 
     table = summary(plan) | {NAMES: as_table(marks)}
     writer = "" if part is None else f".{part.name}"
     disk.write_file(state / PLAN_NAME, json.dumps(table, indent=1).encode(), writer)
+
+
+def first_line(plan: Plan, prints: Prints, sampled: bool) -> dict[str, Any]:
+    """Return the line that begins a journal: which plan, of which state of the source; `sampled`: for all machines."""
+    return {"plan": plan.id, "place": prints.place, "sources": prints.told(sampled)}
+
+
+def of_file(first: dict[str, Any], number: int, done: Mapping[int, Done], sha256: str | None, mark: str) -> bytes:
+    """Return a journal that tells of one file alone, by its steps; `mark` is what it is known by where it lies."""
+    steps = {"steps": [_step_line(n, d) for n, d in done.items()]}
+    return b"".join(map(_sealed, [first, steps, {"file": number, "sha256": sha256, MARK: mark}]))
+
+
+MARK = "mark"
+
+
+def read_of_file(raw: bytes, plan: Plan, prints: Prints) -> tuple[Finished, str]:
+    """Return what such a journal tells of the source as it is now, and the mark: nothing, "" where it is none."""
+    lines = list(_whole_lines(raw))
+    mark = next((m for line in lines if isinstance(m := line.get(MARK), str)), "")
+    return _told(lines, plan, prints), mark
 
 
 def _of_parts(state: Path) -> list[Path]:
@@ -342,10 +367,10 @@ def _file_of(line: dict[str, Any], plan: Plan) -> int:
     return n
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
+def _whole_lines(journal: bytes) -> Iterable[dict[str, Any]]:
     """Yield the whole lines of a journal; stops at the first that is torn or not ours."""
     with contextlib.suppress(ValueError):
-        for raw in read_own(path.parent, path.name).splitlines(keepends=True):
+        for raw in journal.splitlines(keepends=True):
             if (line := line_of(raw)) is None:
                 return
             yield line
@@ -382,7 +407,14 @@ def steps_told(state: Path, part: Part, after: int) -> tuple[set[int], int]:
 
 
 def _read(path: Path, plan: Plan, prints: Prints) -> Finished:
-    lines = iter(_lines(path))
+    with contextlib.suppress(ValueError):
+        return _told(_whole_lines(read_own(path.parent, path.name)), plan, prints)
+    return Finished()
+
+
+def _told(journal: Iterable[dict[str, Any]], plan: Plan, prints: Prints) -> Finished:
+    """Return what the lines of a journal tell, less what is of source files that have changed since."""
+    lines = iter(journal)
     first = next(lines, None)
     if first is None or first.get("plan") != plan.id:
         return Finished()

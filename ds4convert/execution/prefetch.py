@@ -291,6 +291,13 @@ class PrefetchWindow(Wrapped):
                 self._drop(piece)
             self._changed.notify_all()
 
+    def is_checking(self, name: str) -> bool:
+        """Return whether the digest of a file is still to be compared. Raises `EnvironmentFault` if one was wrong."""
+        with self._changed:
+            self._raise()
+            check = self._checks.get(name)
+            return check is not None and check.next < len(check.pieces)
+
     def finish(self) -> None:
         """Wait for the digest of every file that passed whole. Raises `EnvironmentFault` where it is wrong."""
         with self._changed:

@@ -16,6 +16,7 @@ from ds4convert.converted.manifest import MANIFEST_NAME
 from ds4convert.errors import EnvironmentFault, InputError, OutputError, UsageError, ValueFault
 from ds4convert.execution import file_writer, journal, ownership
 from ds4convert.execution.completion import Completion
+from ds4convert.execution.elsewhere.deposit import Deposit, Stays
 from ds4convert.execution.feeders import division
 from ds4convert.execution.feeders.files_process import Setup
 from ds4convert.execution.feeders.parent import Feeders
@@ -156,13 +157,19 @@ def _check_output(out: Path, plan: Plan, marks: Marks, overwrite: bool) -> None:
         raise OutputError(f"{told}, and that is not all of ds4convert's making", hint="choose another folder")
 
 
-def _check_room(out: Path, plan: Plan, fresh: bool, more_bytes: int, part: Part | None) -> None:
+def _check_room(out: Path, plan: Plan, fresh: bool, more_bytes: int, way: Way) -> None:
     """Raise `EnvironmentFault` when the disk cannot hold what is still to be written, of a part what that writes.
 
-    `fresh`: what an earlier conversion left in the folder will be removed, so its room counts as free.
+    `fresh`: what an earlier conversion left in the folder will be removed, so its room counts as free. Of files that do
+    not stay, as many lie here as are written at a time, and those that wait for the digest of a source file elsewhere.
     """
+    part = way.part
     files = plan.files if part is None else [plan.files[n] for n in parts.files_of(plan, part)]
     need = build.output_bytes(plan) if part is None else sum(f.size for f in files)
+    if not way.deposit.keeps:
+        at_once = way.jobs * len(division.divided(plan, way.cores or all_cores(), len(files)).workers)
+        files = sorted(files, key=lambda f: -f.size)[:at_once]
+        need = sum(f.size for f in files) + (max((s.size for s in plan.sources), default=0) if way.window_bytes else 0)
     need += more_bytes + MARGIN_BYTES
     for f in files:
         for path in (out / f.name, out / (f.name + PARTIAL)):
@@ -194,6 +201,8 @@ class Way:
 
     With `part`, only the files of that part are written, beside other parts that may run at the same time; a run
     without one then takes in what all parts finished, writes what is missing, and ends the conversion.
+
+    Files stay in the output folder, or go from there to `deposit` one by one.
     """
 
     jobs: int = 2
@@ -204,6 +213,7 @@ class Way:
     window_bytes: int = WINDOW_BYTES
     part: Part | None = None
     cores: int | None = None
+    deposit: Deposit = field(default_factory=Stays)
 
 
 @dataclass(frozen=True)
@@ -240,7 +250,7 @@ def look(source: Source, plan: Plan, out: Path, way: Way, ending: Completion | N
     if fresh:
         ownership.check(out, ending.marks)
     way = replace(way, window_bytes=_window_size(source, plan, way.window_bytes), cores=way.cores or all_cores())
-    _check_room(out, plan, fresh, ending.more_bytes + way.window_bytes, way.part)
+    _check_room(out, plan, fresh, ending.more_bytes + way.window_bytes, way)
     return Looked(way, ending, fresh)
 
 
@@ -333,8 +343,9 @@ def _files(
         one = not here or run_.compensated or run_.cores == 1
         return run_.files(1 if one else jobs, numbers)
     setup = Setup(
-        run_.plan, run_.out, local.places, run_.sources.prints.files, run_.finished, run_.disk, run_.importance, jobs, 1
-    )
+        run_.plan, run_.out, local.places, run_.sources.prints.files, run_.finished, run_.disk, run_.importance, jobs,
+        1, run_.deposit,
+    )  # fmt: skip
     return Feeders(run_, numbers).write(setup, found.workers, lock.for_writers())
 
 
@@ -356,14 +367,19 @@ def _locked(
             lock.share()
             disk.remove(state / CLEARING_NAME)
             disk.make_folder(own)
+            there = way.deposit.begin(plan, sources.prints)
+            finished = journal.Finished(finished.steps | there.steps, finished.files | there.files, finished.begun)
             sources.begin(plan, finished, numbers)
             log = journal.Journal(disk, state, part)
         try:
             resumed = bool(finished.steps or finished.files)
             cores = way.cores or all_cores()
-            run_ = file_writer.Run(plan, out, sources, disk, log, finished, way.progress, way.importance, cores)
+            run_ = file_writer.Run(
+                plan, out, sources, disk, log, finished, way.progress, way.importance, cores, deposit=way.deposit
+            )
             result = _files(run_, source, way.jobs, numbers, lock, window is None)
             sources.finish()
+            run_.leaving.rest()
         except SourceChanged as e:
             log.changed(e.name)
             raise
@@ -379,6 +395,7 @@ def _locked(
             return Outcome(plan, out / MANIFEST_NAME, resumed, False, complete=False)
         with disk_errors("writing", out):
             ending.write(out, result, disk)
+        way.deposit.end(out, ending.small, MANIFEST_NAME)
     finally:
         sources.close()
     with disk_errors("writing", out):

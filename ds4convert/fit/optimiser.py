@@ -100,13 +100,17 @@ class Optimiser:
             size, bound, taken = size + self.steps[taken].size, bound - self.steps[taken].error, taken + 1
         if taken < len(self.steps):
             bound -= self.steps[taken].gain * (limit - size)
-        filled = (self._filled(n, limit) for n in range(max(0, taken - LOOK_BACK), taken + 1))
+        given_up = range(max(0, taken - LOOK_BACK), taken)
+        filled = (self._filled(*way, limit) for way in [(taken, None), *((n, self.steps[n].unit) for n in given_up)])
         options = min(filled, key=lambda chosen: sum(o.error for o in chosen.values()))
         total = sum(o.error for o in options.values())
         return Choice(options, sum(o.size for o in options.values()), total, max(total - max(bound, 0.0), 0.0))
 
-    def _filled(self, taken: int, limit: int) -> dict[Unit, Option]:
-        """Return the choice after the first `taken` steps, filled: what gains most per byte and still fits, again."""
+    def _filled(self, taken: int, held: Unit | None, limit: int) -> dict[Unit, Option]:
+        """Return the choice after the first `taken` steps, filled: what gains most per byte and still fits, again.
+
+        `held` is the unit whose next step was given up: it stays as it is, as that very step would be the first again.
+        """
         chosen = dict(self.least)
         for step in self.steps[:taken]:
             chosen[step.unit] = step.to
@@ -120,7 +124,8 @@ class Optimiser:
                     heapq.heappush(waiting, (-_slope(now, o), *key(unit), o.size, now, o))
 
         for unit in self.units:
-            offer(unit)
+            if unit != held:
+                offer(unit)
         while waiting:
             *_, role, layer, _, now, to = heapq.heappop(waiting)
             unit = (role, layer if layer >= 0 else None)

@@ -41,13 +41,15 @@ def plain(x: F32, top: int) -> tuple[F32, F32, F32]:
     scale = np.maximum((high - low) / np.float32(top), MLX_LEAST_SCALE)
     scale = np.where(negative, scale, -scale)
     edge = np.where(negative, low, high)
-    zero = np.rint(edge / scale)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        zero = np.rint(edge / scale)
         scale = np.where(zero == 0, scale, edge / zero)
     bias = np.where(zero == 0, np.float32(0), edge)
     q = x - bias
+    # A group of one value above 3e31 has the scale 0: nothing is left of it beside its bias, which 0 / 0 would not say.
+    by = np.where(scale == 0, np.float32(1), scale)
     with np.errstate(over="ignore"):  # of ranges near the largest float32; clipped below
-        np.divide(q, scale, out=q)
+        np.divide(q, by, out=q)
     np.rint(q, out=q)
     return np.clip(q, 0, top, out=q), scale, bias
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ds4convert.converted.records import Manifest
     from ds4convert.inference.deepseek_v4.config import ModelArgs
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
 @dataclass(frozen=True)
@@ -156,29 +158,41 @@ def ask(small: SmallFiles, request: Request, tokenizer: Any = None) -> Asked:
     return Asked(replace(request, max_tokens=most), ids, stops, tokenizer, text)
 
 
-def start(model: Model, asked: Asked, reason: str | None) -> Generation:
+def start(model: Model, asked: Asked, reason: str | None, ranks: Team | None = None) -> Generation:
     """Return a generation of a loaded model; `reason` says why that has no head, None where it has one."""
     request = asked.request
     if request.mtp is not False and not reason:
         depth = drafting.draft_depth(model, request.draft_depth, request.confidence)
         request = replace(request, draft_depth=depth)
-    return Generation(model, replace(asked, request=request), reason)
+    return Generation(model, replace(asked, request=request), reason, ranks)
 
 
-def prepare(folder: Path, request: Request, warn: Warn) -> Generation:
+def prepare(folder: Path, request: Request, warn: Warn, ranks: Team | None = None) -> Generation:
     """Return a generation that is ready to start, everything that can be refused having been refused.
 
     Raises `UsageError` on a prompt that does not fit the model and `InputError` on a folder that is not a whole
     conversion; `warn` is told why --mtp cannot be honoured, whose head is run, and when memory is short.
+    Several `ranks` do it together, with the seed of the first.
     """
     from ds4convert.inference import load
+    from ds4convert.inference.several.ranks import alike, together
 
-    small = read_folder(folder, request.drafter)
-    asked = ask(small, request)
-    check_memory(folder, len(asked.ids) + asked.request.max_tokens, request.dtype, warn, request.drafter)
-    model, _ = load.load_model(folder, dtype=request.dtype, require_manifest=False, drafter=request.drafter)
+    with together(ranks) as agreed:
+        small = read_folder(folder, request.drafter)
+        asked = ask(small, request)
+        if ranks is not None:
+            options = replace(request, seed=None, drafter=None)
+            agreed.mine = alike(folder, request.drafter) | {"options": repr(options), "prompt": repr(asked.ids)}
+            agreed.each["seed"] = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
+    if ranks is not None:
+        asked = replace(asked, request=replace(asked.request, seed=agreed.told("seed")[0]))
+    check_memory(folder, len(asked.ids) + asked.request.max_tokens, request.dtype, warn, request.drafter, ranks)
+    with together(ranks):
+        model, _ = load.load_model(
+            folder, dtype=request.dtype, require_manifest=False, drafter=request.drafter, ranks=ranks
+        )
     reason = head_reason(folder, model, small.record, request.mtp, request.drafter, warn)
-    return start(model, asked, reason)
+    return start(model, asked, reason, ranks)
 
 
 def prompt_text(folder: Path, tokenizer: Any, request: Request) -> str:
@@ -210,14 +224,15 @@ def prompt_text(folder: Path, tokenizer: Any, request: Request) -> str:
 class Generation:
     """One generation: `pieces` runs it and yields what can be shown as it comes, `facts` tells of it afterwards.
 
-    `reason` says why the model has no head, None where it has one; `text` is the prompt as tokenized.
+    `reason` says why the model has no head, None where it has one; `text` is the prompt as tokenized. Several `ranks`
+    come to the same text, or are told apart at the end.
     """
 
-    def __init__(self, model: Model, asked: Asked, reason: str | None = None) -> None:
+    def __init__(self, model: Model, asked: Asked, reason: str | None = None, ranks: Team | None = None) -> None:
         from ds4convert.inference.decode import DecodeStats
 
         self.model, self.tokenizer, self.stops, self.prompt = model, asked.tokenizer, asked.stops, asked.ids
-        self.request, self.reason, self.text = asked.request, reason, asked.text
+        self.request, self.reason, self.text, self._ranks = asked.request, reason, asked.text, ranks
         self.mtp_active = asked.request.mtp is not False and reason is None
         self.stats = DecodeStats()
         self.tokens: list[int] = []
@@ -244,10 +259,18 @@ class Generation:
                 detokenizer.add_token(token)
                 piece = "".join(self._show(detokenizer.last_segment))
             yield token, piece, drafted
+        self._compare_ranks()
         if detokenizer is not None:
             detokenizer.finalize()
             for piece in self._show(detokenizer.last_segment):
                 yield None, piece, False
+
+    def _compare_ranks(self) -> None:
+        """Raise `EnvironmentFault` where ranks came to other tokens: then their arithmetic is not the same."""
+        from ds4convert.inference.several.ranks import together
+
+        with together(self._ranks) as agreed:
+            agreed.mine = {"the result (tokens)": repr(self.tokens)}
 
     def _show(self, piece: str) -> Iterator[str]:
         if piece:

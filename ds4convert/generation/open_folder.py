@@ -19,6 +19,7 @@ from ds4convert.words.figures import size
 if TYPE_CHECKING:
     from ds4convert.inference.deepseek_v4.config import ModelArgs
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
 Warn = Callable[[str], None]
@@ -106,11 +107,13 @@ def _check_ids(ids: list[int], args: ModelArgs) -> None:
         )
 
 
-def check_memory(folder: Path, context: int, dtype: str, warn: Warn, drafter: Path | None = None) -> None:
+def check_memory(
+    folder: Path, context: int, dtype: str, warn: Warn, drafter: Path | None = None, ranks: Team | None = None
+) -> None:
     """Warn when the model will not fit in memory. Raises `InputError` on a file that cannot be read."""
     from ds4convert.inference import load
 
-    estimate, free = load.memory_estimate(folder, context, dtype, drafter), load.free_memory_bytes()
+    estimate, free = load.memory_estimate(folder, context, dtype, drafter, ranks), load.free_memory_bytes()
     if free is not None and estimate.total_bytes > free:
         warn(
             f"about {size(estimate.total_bytes)} of memory are needed ({size(estimate.weight_bytes)} weights, "

@@ -1,25 +1,27 @@
-"""One self-contained page about a converted folder: verdict, acceptance, speed, bytes, divergence, checks.
+"""One self-contained page about a converted folder, by which someone decides whether to download it.
 
-No script, no font, no request to anywhere; pictures are inline SVG with a text of their own, so the page reads on a
-phone, on paper and with a screen reader. Shows only what `verify --json` says. What is shown is decided here, how in
-`manifests/pages/report.html.jinja`, which escapes every value.
+No script, no font, no request to anywhere; what is drawn is beside its number or has a text of its own, so the page
+reads on a phone, on paper and with a screen reader. Shows what `verify --json` says, what the manifest tells, and where
+it was measured. What is shown is decided here and in the modules beside, how in `manifests/pages/report.html.jinja`,
+which escapes every value.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds4convert.converted.grouping import Group
 from ds4convert.converted.manifest import tool_version
-from ds4convert.converted.rounding_losses import LayerLoss
+from ds4convert.converted.records import Manifest
 from ds4convert.errors import EnvironmentFault, OutputError
 from ds4convert.files import Disk
-from ds4convert.report.drawings import Bar, Cell, Chart, Map, Paragraph, Part, Plot, Point, Section, Texts
-from ds4convert.verification.facts import Bin, Facts, Position, PromptFacts, SourceKL
+from ds4convert.report import maps, measured, setting
+from ds4convert.report.drawings import Bar, Bars, Section
+from ds4convert.report.setting import Setting
+from ds4convert.verification.facts import Facts, Measurement, SourceKL, record_of
 from ds4convert.verification.request import Outcome
 from ds4convert.words.figures import size
 from ds4convert.words.templates import rendered
@@ -29,22 +31,32 @@ if TYPE_CHECKING:
     from ds4convert.evaluate.reference import Compared
 
 TEMPLATE = "report.html.jinja"
-Tile = tuple[str, str]
 
 
-def page(name: str, outcome: Outcome) -> str:
-    """Return the page about the folder called `name`, from what `verify` found."""
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A figure at the top of the page: what it is, the figure, and what it is of."""
+
+    label: str
+    figure: str
+    note: str = ""
+
+
+def page(name: str, outcome: Outcome, where: Setting | None = None, record: Manifest | None = None) -> str:
+    """Return the page about the folder called `name`, from what `verify` found and its manifest tells."""
     facts = outcome.facts
-    failed = [c.name for c in outcome.checks if not c.ok]
+    failed = [c for c in outcome.checks if not c.ok]
     values = {
         "name": name,
         "version": tool_version(),
-        "how": _how(facts),
+        "about": _about(record),
         "failed": failed,
-        "verdict": facts.mtp.verdict if facts.mtp else "" if failed else "Every check passed.",
-        "tiles": list(_tiles(facts)),
-        "cards": list(_cards(facts)),
-        "pictures": list(_losses(facts.losses or ())),
+        "passed": len(outcome.checks) - len(failed),
+        "verdict": facts.mtp.verdict if facts.mtp else "",
+        "tiles": list(_tiles(facts, record)),
+        "details": [c for c in failed if not facts.mtp or c.detail not in facts.mtp.verdict],
+        "groups": list(_side_by_side([*_sections(facts, record), *_made(facts, where or Setting(), record)])),
+        "files": None if record is None else setting.files(record),
         "reference": [_key(c) for c in facts.reference or ()],
         "checks": outcome.checks,
     }
@@ -63,178 +75,110 @@ def check_target(path: Path) -> None:
         raise OutputError(f"{path}: is there, and no HTML page; it is not replaced: name another file")
 
 
-def write(path: Path, folder: Path, outcome: Outcome) -> None:
+def write(path: Path, folder: Path, outcome: Outcome, where: Setting) -> None:
     """Write the page. The folder's own name is shown, never the path to it.
 
     Whole or not at all; raises `EnvironmentFault` where the disk refuses.
     """
     disk = Disk()
     try:
-        disk.write_file(path, page(folder.resolve().name, outcome).encode())
+        disk.write_file(path, page(folder.resolve().name, outcome, where, record_of(folder)).encode())
     except OSError as e:
         raise EnvironmentFault(
             f"{path}: the report could not be written: {e.strerror}", hint="name another file"
         ) from e
 
 
-def _how(facts: Facts) -> str:
-    if facts.compute is None:
+def _about(record: Manifest | None) -> str:
+    """Return the line below the name: what the folder is."""
+    if record is None:
         return ""
-    matrices = "dequantized" if facts.compute.dense else "as stored"
-    return f"; computed in {facts.compute.dtype}, matrices {matrices}"
+    source = record.source
+    place = f"from {source.repo}{f' at {source.revision[:12]}' if source.revision else ''}" if source.repo else ""
+    words = (record.family, f"recipe {record.recipe}", f"layout {record.layout}", place)
+    return " · ".join(w for w in words if w)
 
 
-def _tiles(facts: Facts) -> Iterator[Tile]:
+def _sections(facts: Facts, record: Manifest | None) -> Iterator[Section]:
+    """Yield what was found of the folder, what decides first."""
+    yield from measured.sections(facts)
+    groups = facts.groups or ()
+    if record is not None:
+        found = (maps.formats(record.layers(), groups), maps.losses(record.losses(), groups))
+        yield from (s for s in found if s is not None)
+    if groups:
+        most = max(g.size for g in groups) or 1
+        bars = [
+            Bar(maps.name_of(g.name), g.size / most, size(g.size), ", ".join(g.formats), "a" if g.is_of_head else "b")
+            for g in groups
+        ]
+        parts = [Bars("", ("Role", "Bytes", "Formats"), bars)]
+        yield Section("bytes", "Bytes by role", "The roles of the head are in colour.", parts, "Bytes")
+
+
+def _side_by_side(sections: Sequence[Section]) -> Iterator[list[Section]]:
+    """Yield sections in groups: a wide one alone, those between two of them together, to stand in columns."""
+    for _, group in itertools.groupby(enumerate(sections), lambda x: x[0] if x[1].wide else -1):
+        yield [s for _, s in group]
+
+
+def _made(facts: Facts, where: Setting, record: Manifest | None) -> Iterator[Section]:
+    """Yield where the figures and the folder come from."""
+    if record is not None and (left := setting.left_out(record)) is not None:
+        yield left
+    computed = ""
+    if facts.compute is not None:
+        computed = f"{facts.compute.dtype}, matrices {'dequantized' if facts.compute.dense else 'as stored'}"
+    if (how := setting.measured(where, computed)) is not None:
+        yield how
+    if record is not None:
+        yield setting.origin(record)
+
+
+# --- the figures at the top ------------------------------------------------------------------------------------------
+
+
+def _tiles(facts: Facts, record: Manifest | None) -> Iterator[Tile]:
     """Yield the figures at the top of the page."""
     head, total = facts.mtp, sum(g.size for g in facts.groups or ())
+    if total:
+        files = sum(f.holds_tensors for f in record.files) if record else 0
+        yield Tile("Size", size(total), f"of weights, in {files} files" if files else "of weights")
+    if record is not None and (bits := record.bits_per_weight):
+        yield Tile("Bits per weight", f"{bits:.2f}", "mean, scales counted")
+    if head is not None and head.format:
+        yield Tile("Draft head", head.kind, f"stored as {head.format.replace('+', ', ')}")
     if head is not None and (m := head.measured):
-        yield f"{m.acceptance:.1%}", f"acceptance, {m.drafted:,} drafts"
-        yield f"{m.tokens_per_pass:.2f}", "tokens per backbone pass"
-        yield f"{m.speedup:.2f} x" if m.speedup else "-", "speed of plain decoding"
-        yield "equal" if m.greedy_equal else "differs", "greedy text, head and plain"
+        yield from _head_tiles(m)
+    if facts.kl is not None and facts.kl.parts:
+        yield from _source_tiles(facts.kl)
     if facts.layerwise is not None:
         yield from _layerwise_tiles(facts.layerwise)
-    if head is not None and head.format:
-        yield head.kind, f"head, stored as {head.format.replace('+', ', ')}"
-    if total:
-        yield size(total), "of weights"
+
+
+def _head_tiles(m: Measurement) -> Iterator[Tile]:
+    yield Tile("Drafts accepted", f"{m.acceptance:.1%}", f"of {m.drafted:,} drafts")
+    yield Tile("Tokens per pass", f"{m.tokens_per_pass:.2f}", f"plain decoding: 1; depth {m.draft_depth}")
+    spread = measured.ratios(m.per_prompt)
+    told = f"{spread[0]:.2f} to {spread[-1]:.2f} over {len(spread)} prompts" if len(spread) > 1 else "on this machine"
+    yield Tile("Speed with the head", f"{m.speedup:.2f} ×" if m.speedup else "-", told)
+    yield Tile("Greedy text", "equal" if m.greedy_equal else "differs", "with and without the head")
+
+
+def _source_tiles(kl: SourceKL) -> Iterator[Tile]:
+    for part, d in (kl.parts or {}).items():
+        if part != "head":
+            told = f"nats, median; first choice the same at {d.argmax_equal:.1%}"
+            yield Tile("KL from the source", f"{d.median:.2g}", told)
 
 
 def _layerwise_tiles(run: LayerwiseResult) -> Iterator[Tile]:
     agreement = run.converted.acceptance
     if agreement is not None:
-        yield f"{agreement:.1%}", "of drafts agree, teacher-forced"
-    yield f"{run.converted.perplexity:.4g}", f"perplexity, {run.converted.tokens:,} tokens"
-    yield size(run.memory.peak_rss), "peak memory of the layer-wise run"
-    yield size(run.memory.largest_layer), "in the largest layer, as stored"
-
-
-def _cards(facts: Facts) -> Iterator[Section]:
-    """Yield the cards that there are figures for."""
-    if facts.mtp and (m := facts.mtp.measured):
-        if drafted := [p for p in m.per_position if p.acceptance is not None]:
-            yield _acceptance(drafted)
-        if m.calibration:
-            yield _calibration(m.calibration)
-        if m.per_prompt:
-            yield _prompts(m.per_prompt)
-    if facts.decode is not None:
-        yield _speed(facts, facts.decode.plain_tokens_per_second)
-    if facts.kl is not None:
-        yield _divergence(facts.kl)
-    if facts.layerwise and facts.layerwise.stages and facts.layerwise.divergence:
-        yield _layers(facts.layerwise)
-    if facts.groups:
-        yield _groups(facts.groups)
-
-
-def _acceptance(drafted: Sequence[Position]) -> Section:
-    title = "Acceptance per draft position"
-    shares = [p.acceptance or 0.0 for p in drafted]
-    bars = [
-        Bar(f"draft {p.position}", share, f"{share:.1%}", f"{p.accepted} of {p.drafted}")
-        for p, share in zip(drafted, shares, strict=True)
-    ]
-    parts: list[Part] = [Chart(title, bars, 1.0)]
-    if len(drafted) > 1:
-        points = [Point(float(p.position), b.value, f"{b.label}: {b.text}") for p, b in zip(drafted, bars, strict=True)]
-        parts.append(Plot("Acceptance as a curve", points, (1.0, float(max(2, len(drafted)))), is_joined=True))
-    return Section(title, "A draft behind a refused one counts as refused.", parts)
-
-
-def _calibration(bins: Sequence[Bin]) -> Section:
-    """Return what a DSpark head's confidence foretold, against what was accepted."""
-    title = "Confidence against observed acceptance"
-    points = [
-        Point(b.estimated, b.observed,
-              f"estimated {b.estimated:.1%}, observed {b.observed:.1%} of {b.drafts} drafts")
-        for b in bins
-    ]  # fmt: skip
-    note = (
-        "Estimated acceptance across, observed acceptance upwards, drafts in tenths by estimate; on the line they are "
-        "equal. Counted are drafts whose predecessors were all accepted."
-    )
-    return Section(title, note, [Plot(title, points, (0.0, 1.0), diagonal=True), Texts([p.text for p in points])])
-
-
-def _prompts(prompts: Sequence[PromptFacts]) -> Section:
-    bars = [
-        Bar(p.prompt, p.acceptance, f"{p.acceptance:.1%}", f"{p.tokens_per_pass:.2f} tokens per pass") for p in prompts
-    ]
-    return Section("Acceptance per prompt", "Greedy decoding.", [Chart("Acceptance per prompt", bars, 1.0)])
-
-
-def _speed(facts: Facts, plain: float) -> Section:
-    bars = [Bar("plain", plain, f"{plain:.1f} tok/s", "all prompts", "b")]
-    if facts.mtp and (m := facts.mtp.measured):
-        rate = m.mtp_tokens_per_second
-        bars.append(Bar("with the head", rate, f"{rate:.1f} tok/s", f"depth {m.draft_depth}"))
-        for p in m.per_prompt:
-            without, mtp = p.plain_tokens_per_second or 0.0, p.mtp_tokens_per_second or 0.0
-            bars.append(Bar(p.prompt, without, f"{without:.1f} tok/s", "plain", "b"))
-            bars.append(Bar(p.prompt, mtp, f"{mtp:.1f} tok/s", "with the head", "a"))
-    note = "After the prompt; both from the same run, warmed up, order alternating."
-    return Section("Tokens per second", note, [Chart("Tokens per second", bars)])
-
-
-def _divergence(kl: SourceKL) -> Section:
-    title = "KL against the source"
-    if kl.parts is None:
-        return Section(title, "Left out: the source does not fit in the free memory.")
-    parts: list[Part] = []
-    for part, d in kl.parts.items():
-        equal = f"first choice equal at {d.argmax_equal:.1%}"
-        told = f"mean {d.mean:.2g}, largest {d.maximum:.2g} over {d.positions} positions; {equal}"
-        parts.append(Paragraph(f"{part}: {told}"))
-        if bars := [Bar(name, value, f"{value:.2g}") for name, value in d.per_prompt.items() if d.maximum]:
-            parts.append(Chart(f"Median KL, {part}", bars))
-    return Section(title, "Nats, median of each prompt; 0 is equal.", parts)
-
-
-def _layers(run: LayerwiseResult) -> Section:
-    """Return the hidden-state error after each layer of a layer-wise run against the source."""
-    d = run.divergence
-    assert d is not None
-    bars = [Bar(s.stage, s.relative_rms, f"{s.relative_rms:.2g}") for s in run.stages]
-    note = f"KL from the source: mean {d.kl_mean:.2g}, median {d.kl_median:.2g}, largest {d.kl_max:.2g} nats"
-    return Section("Error of hidden states, layer by layer", note, [Chart("Relative RMS after each stage", bars)])
-
-
-def _groups(groups: Sequence[Group]) -> Section:
-    bars = [
-        Bar(g.name.replace("_", " "), g.size, size(g.size), ", ".join(g.formats), "a" if g.is_of_head else "b")
-        for g in groups
-    ]
-    return Section("Bytes and format per group", "The head's groups begin with mtp.", [Chart("Bytes per group", bars)])
-
-
-LEAST_ERROR = 1e-6
-"""The relative squared error that is shown as none, in a map."""
-
-
-def _place(r: LayerLoss) -> str:
-    where = "" if r.layer is None else f", layer {r.layer}"
-    return f"{r.group}{where}, {' '.join(r.formats)}"
-
-
-def _losses(rows: Sequence[LayerLoss]) -> Iterator[Section]:
-    """Yield what rounding cost and the bits per weight, as maps of groups and layers; none if nothing was rounded."""
-    if not rows:
-        return
-    worst, widest = max(r.relative_square for r in rows), max(r.bits_per_weight for r in rows)
-    span = math.log(max(worst, 10 * LEAST_ERROR) / LEAST_ERROR)
-    error = [
-        Cell(r.group, r.layer, math.log(max(r.relative_square, LEAST_ERROR) / LEAST_ERROR) / span,
-             f"{_place(r)}: {r.relative_square:.3g}")
-        for r in rows
-    ]  # fmt: skip
-    bits = [
-        Cell(r.group, r.layer, r.bits_per_weight / widest, f"{_place(r)}: {r.bits_per_weight:.2f} bits") for r in rows
-    ]
-    note = f"A line per group, a cell per layer. Darkest: {worst:.3g} of the squared values; white: nothing lost."
-    yield Section("What rounding cost", note, [Map("Relative squared error by group and layer", error)])
-    wide = f"Darkest: {widest:.2f} bits per weight, scales counted."
-    yield Section("Bits per weight", wide, [Map("Bits per weight by group and layer", bits)])
+        yield Tile("Drafts that agree", f"{agreement:.1%}", "teacher-forced")
+    yield Tile("Perplexity", f"{run.converted.perplexity:.4g}", f"{run.converted.tokens:,} tokens")
+    yield Tile("Peak memory", size(run.memory.peak_rss), "of the layer-wise run")
+    yield Tile("Largest layer", size(run.memory.largest_layer), "as stored")
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ class Decoder:
             raise self._too_long(job, f"{len(prompt):,}")
         most = min(asked.max_tokens, room)
         cache, covered = self._cached(prompt)
-        ctx = Context(len(prompt), covered, found.state, self.draft_depth > 0)
+        ctx = Context(len(prompt), covered, found.state, self._drafts(asked))
         self.metrics.add("prompt_tokens_total", len(prompt))
         self.metrics.add("cached_tokens_total", covered)
         ticket.put(ctx)
@@ -252,7 +252,8 @@ class Decoder:
             said, reason = self._say(ticket, steps, asked, most)
         finally:
             self.metrics.generation(ctx.stats)
-        self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)  # type: ignore[no-untyped-call,unused-ignore]
+        if self._drafts(asked) or not self.draft_depth:  # else the head knows nothing of the reply
+            self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)  # type: ignore[no-untyped-call,unused-ignore]
         return reason
 
     def _cached(self, prompt: list[int]) -> tuple[list[Any], int]:
@@ -308,10 +309,15 @@ class Decoder:
             "stats": run.stats,
         } | _drawing(asked, tokenizer)
         tokens = mx.array(rest)
-        if self.draft_depth:
+        if self._drafts(asked):
             options |= {"draft_depth": self.draft_depth, "confidence": self.confidence}
             return mtp_generate_step(tokens, self.model, stream, **options)
+        options["prompt_cache"] = cache[: len(self.model.make_cache())]
         return plain_generate_step(tokens, self.model, stream, **options)
+
+    def _drafts(self, asked: Asked) -> bool:
+        """Return whether a request is decoded with the head."""
+        return self.draft_depth > 0 and asked.mtp
 
     def _say(self, ticket: Ticket, steps: Any, asked: Asked, most: int) -> tuple[list[int], str]:
         """Put pieces on the ticket until an end; returns the tokens that were drawn, which the cache now covers, and

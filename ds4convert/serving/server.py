@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
-from importlib import metadata, resources
+from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ds4convert.serving.http.access import Policy, origin_of
 from ds4convert.serving.http.handler import Handler, Site
 from ds4convert.serving.metrics import Metrics
 from ds4convert.serving.validation import Limits
+from ds4convert.words.templates import rendered
 
 WAITING_CONNECTIONS = 128
 LAST_WORDS_SECONDS = 2.0
@@ -120,7 +121,7 @@ def open_server(folder: Path, options: Options, log: Callable[[str], None], warn
     metrics = Metrics(is_active)
     policy = Policy(options.host, options.api_key, frozenset(map(origin_of, options.allowed_origin)))
     fingerprint = f"ds4convert-{metadata.version('ds4convert')}-mlx-lm-{metadata.version('mlx-lm')}"
-    page = (resources.files("ds4convert.manifests") / "pages" / "serve.html").read_bytes()
+    page = rendered("serve.html.jinja", {}, {}).encode()
     site = Site(
         None, metrics, limits, policy, fingerprint, page,  options.max_body, _safe(log),  # type: ignore[arg-type]
         request_seconds=Site.request_seconds + options.max_body / 2**20, has_head=reason is None,

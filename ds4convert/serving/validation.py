@@ -48,6 +48,7 @@ class Asked:
     """A request that can be decoded. A chat has messages; a text has one prompt or several, each a text or token ids.
 
     `template` holds variables of the chat template; `numbers` are fields of sampling and penalties by their names.
+    `mtp` false decodes without the head, where there is one.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Asked:
     parallel_calls: bool = True
     template: JSON = field(default_factory=dict)
     tells_reasoning: bool = True
+    mtp: bool = True
     stream: bool = False
     tells_usage: bool = False
     stop: tuple[str, ...] = ()
@@ -71,6 +73,30 @@ class Asked:
 Check = Callable[[Any], bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A number that a request may have: from `low` to `high`, whole or not, 0 or from `least` on; else its default."""
+
+    low: float
+    high: float
+    default: float
+    is_whole: bool = False
+    least: float = 0.0
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a value of JSON is such a number."""
+        if self.is_whole:
+            return _whole(int(self.low), int(self.high))(value)
+        return _number(self.low, self.high)(value) and (not self.least or value >= self.least or value == 0)
+
+    @property
+    def told(self) -> str:
+        """Return what is expected, in words."""
+        if self.least:
+            return f"0 (off), or a number from {self.least} to {self.high}"
+        return f"a {'whole ' if self.is_whole else ''}number from {self.low} to {self.high}"
+
+
 def _number(low: float, high: float) -> Check:
     return lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high
 
@@ -81,11 +107,6 @@ def _whole(low: int, high: int) -> Check:
 
 def _is_flag(value: Any) -> bool:
     return type(value) is bool
-
-
-def _is_penalty(value: Any) -> bool:
-    """Whether logits can be multiplied and divided by it; 0 is mlx-lm's word for off."""
-    return _number(0.1, 10)(value) or (value == 0 and type(value) in (int, float))
 
 
 def _is_stop(value: Any) -> bool:
@@ -110,24 +131,25 @@ def _is_usage_option(value: Any) -> bool:
     return isinstance(value, dict) and _is_flag(value.get("include_usage", False))
 
 
-NUMBERS: dict[str, tuple[Check, str, float]] = {
-    "temperature": (_number(0, 100), "a number from 0 (greedy) to 100", 0.0),
-    "top_p": (_number(0, 1), "a number from 0 to 1", 1.0),
-    "top_k": (_whole(0, 2**31 - 1), "a whole number, 0 (off) or more", 0),
-    "min_p": (_number(0, 1), "a number from 0 to 1", 0.0),
-    "repetition_penalty": (_is_penalty, "0 (off), or a number from 0.1 to 10", 0.0),
-    "repetition_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
-    "presence_penalty": (_number(-2, 2), "a number from -2 to 2", 0.0),
-    "presence_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
-    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2", 0.0),
-    "frequency_context_size": (_whole(0, 10**6), "a whole number from 0 to 1000000", 20),
-    "xtc_probability": (_number(0, 1), "a number from 0 to 1", 0.0),
-    "xtc_threshold": (_number(0, 0.5), "a number from 0 to 0.5", 0.1),
-}  # fmt: skip
+NUMBERS: dict[str, Bounds] = {
+    "temperature": Bounds(0, 100, 0.0),
+    "top_p": Bounds(0, 1, 1.0),
+    "top_k": Bounds(0, 2**31 - 1, 0, is_whole=True),
+    "min_p": Bounds(0, 1, 0.0),
+    "repetition_penalty": Bounds(0, 10, 0.0, least=0.1),  # logits are multiplied and divided by it; 0: mlx-lm's off
+    "repetition_context_size": Bounds(0, 10**6, 20, is_whole=True),
+    "presence_penalty": Bounds(-2, 2, 0.0),
+    "presence_context_size": Bounds(0, 10**6, 20, is_whole=True),
+    "frequency_penalty": Bounds(-2, 2, 0.0),
+    "frequency_context_size": Bounds(0, 10**6, 20, is_whole=True),
+    "xtc_probability": Bounds(0, 1, 0.0),
+    "xtc_threshold": Bounds(0, 0.5, 0.1),
+}
 """Sampling and penalties: what is taken, and what stands where a request says nothing."""
 
 FIELDS: dict[str, tuple[Check, str]] = {
     "stream": (_is_flag, "true or false"),
+    "mtp": (_is_flag, "true, or false to decode without the head"),
     "stream_options": (_is_usage_option, 'an object such as {"include_usage": true}'),
     "parallel_tool_calls": (_is_flag, "true, or false for one call at most"),
     "logit_bias": (_is_bias, "an object of token ids to numbers"),
@@ -158,6 +180,19 @@ REFUSED: dict[str, tuple[Check, str]] = {
 """Fields that mean something which this server cannot do, and the value that asks for nothing."""
 
 
+def allowed(limits: Limits) -> JSON:
+    """Return the numbers that a request may have, with bounds and what is taken where it says nothing: for pages."""
+    told: JSON = {
+        name: {
+            "min": b.low, "max": b.high, "whole": b.is_whole, "default": limits.sampling.get(name, b.default),
+            **({"least": b.least} if b.least else {}),
+        }
+        for name, b in NUMBERS.items()
+    }  # fmt: skip
+    most = {"min": 1, "max": limits.max_tokens, "whole": True, "default": limits.default_tokens}
+    return told | {"max_tokens": most}
+
+
 def parse(raw: bytes, kind: str, limits: Limits) -> Asked:
     """Return what a body asks for. Raises `Refused` with 400, 404 or 422."""
     try:
@@ -183,6 +218,7 @@ def parse(raw: bytes, kind: str, limits: Limits) -> Asked:
         parallel_calls=body.get("parallel_tool_calls") is not False,
         template=template,
         tells_reasoning=tells,
+        mtp=body.get("mtp") is not False,
         stream=bool(body.get("stream")),
         tells_usage=bool(options.get("include_usage")),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -225,9 +261,9 @@ def _max_tokens(body: JSON, limits: Limits) -> int:
 
 
 def _numbers(body: JSON, limits: Limits) -> dict[str, float]:
-    out = {name: limits.sampling.get(name, default) for name, (_, _, default) in NUMBERS.items()}
-    for name, (check, wanted, _) in NUMBERS.items():
-        if _check(body, name, check, wanted):
+    out = {name: limits.sampling.get(name, bounds.default) for name, bounds in NUMBERS.items()}
+    for name, bounds in NUMBERS.items():
+        if _check(body, name, bounds.holds, bounds.told):
             out[name] = body[name]
     if out["temperature"] < GREEDY_BELOW or body.get("top_p") == 0:  # of the likeliest share 0 one token is left
         out["temperature"] = 0.0

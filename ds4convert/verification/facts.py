@@ -186,6 +186,28 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """A new token: the text that it adds, and which draft of its pass it was, from 1; 0 where the backbone made it."""
+
+    text: str
+    draft: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A prompt and what followed it, without and with the head (None where none ran), token by token.
+
+    `differs_at`: the first new token that is not the same both ways, from 0. Without a tokenizer texts are token ids.
+    """
+
+    prompt: str
+    text: str
+    plain: tuple[str, ...]
+    tokens: tuple[Word, ...] | None = None
+    differs_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeFacts:
     """What was decoded, and how fast without the head."""
 
@@ -193,6 +215,7 @@ class DecodeFacts:
     max_tokens: int
     new_tokens: int
     plain_tokens_per_second: float
+    texts: tuple[Reply, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

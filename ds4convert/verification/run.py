@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +20,60 @@ from ds4convert.generation.open_folder import finished
 from ds4convert.verification import layerwise, prompts, structure, verdict
 from ds4convert.verification.against_source import against_source
 from ds4convert.verification.checks import Check
-from ds4convert.verification.facts import DecodeFacts, Numerics, PromptTokens, SourceKL, record_of
+from ds4convert.verification.facts import DecodeFacts, Numerics, PromptTokens, Reply, SourceKL, Word, record_of
 from ds4convert.verification.head import _head_problems, _judge, _unfit_head
 from ds4convert.verification.request import RUNNING, Outcome, Request, Say, needs_model
+from ds4convert.verification.several import agreed as several
+from ds4convert.verification.several.agreed import Plan
 from ds4convert.verification.structure import altered_tensors
 from ds4convert.words.figures import Progress
 
 if TYPE_CHECKING:
-    from ds4convert.evaluate.decode_runs import Compute, Prompt, Runs
+    from ds4convert.evaluate.decode_runs import Compute, Prompt, PromptRun, Runs
     from ds4convert.evaluate.forced import Passed
     from ds4convert.inference.deepseek_v4.model import Model
+    from ds4convert.inference.several.ranks import Team
 
 
-def run(request: Request, say: Say = lambda text: None, progress: Progress = lambda n: None) -> Outcome:
+def run(
+    request: Request, say: Say = lambda text: None, progress: Progress = lambda n: None, ranks: Team | None = None
+) -> Outcome:
     """Carry out a request: files first, then (where asked) source, reference, numerics and decoding.
 
     Raises `InputError` where the folder cannot be loaded, before any decode, and `UsageError` on prompts that do not
-    fit.
+    fit. Several `ranks` do it together, each with its own copy of the folder: what is wrong with one is told by all.
     """
+    from ds4convert.inference.several.ranks import together
+
     out = Outcome()
+    with together(ranks) as agreed:
+        plan = _looked_at(request, out, say, progress, ranks)
+        if ranks is not None:
+            several.put_in(request, plan, out, agreed)
+    if ranks is not None:
+        plan = several.settled(plan, out, agreed, ranks)
+    if plan is not None and request.layerwise:
+        ids = [list(p.ids) for p in plan.prompts]
+        checks, out.facts.layerwise = layerwise.run(
+            request.folder, ids, plan.vocab, _folder(request.source), request.dtype, progress
+        )
+        out.checks += checks
+    elif plan is not None:
+        _with_model(request, plan, out, say, ranks)
+        with together(ranks) as agreed:
+            agreed.mine = several.figures(out)
+    return out
+
+
+def _looked_at(request: Request, out: Outcome, say: Say, progress: Progress, ranks: Team | None) -> Plan | None:
+    """Check the files, against the source where it is given; return how the model is to be run, None if it is not."""
+    if ranks is not None:
+        several.check(request)
     if request.layerwise and isinstance(request.source, Source):
         raise UsageError("--layerwise runs the source as well, which needs its folder: `ds4convert pull` it first")
     if request.layerwise and (request.mtp or request.reference or request.level in RUNNING):
         raise UsageError("--layerwise never holds the whole model, so it cannot decode: leave out the other options")
-    plan = _prepare(request, say) if needs_model(request) else None
+    plan = _prepare(request, say, ranks) if needs_model(request) else None
     as_it_is = plan is not None and request.source is None
     out.checks = structure.structure(request.folder, request.jobs, progress, as_it_is, request.part)
     if not all(c.ok for c in out.checks):
@@ -58,15 +88,7 @@ def run(request: Request, say: Say = lambda text: None, progress: Progress = lam
         record = record_of(request.folder)
         out.facts.groups = record.groups() if record else ()
         out.facts.losses = record.losses() if record else ()
-    if plan is not None and request.layerwise:
-        ids = [list(p.ids) for p in plan.prompts]
-        checks, out.facts.layerwise = layerwise.run(
-            request.folder, ids, plan.vocab, _folder(request.source), request.dtype, progress
-        )
-        out.checks += checks
-    elif plan is not None:
-        _with_model(request, plan, out, say)
-    return out
+    return plan
 
 
 def _check_headers(folder: Path, checks: list[Check]) -> None:
@@ -78,17 +100,7 @@ def _check_headers(folder: Path, checks: list[Check]) -> None:
         raise InputError(f"{folder}: {found}; something is missing or damaged, so nothing was run{told}")
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What will be run, settled from small files before anything large is read."""
-
-    prompts: list[Prompt]
-    compute: Compute
-    reference: Any
-    vocab: int
-
-
-def _prepare(request: Request, say: Say) -> _Plan:
+def _prepare(request: Request, say: Say, ranks: Team | None) -> Plan:
     """Return the prompts as ids, how to load the model, and the recording; every usage error comes from here."""
     from ds4convert.evaluate import decode_runs
     from ds4convert.inference import load
@@ -103,10 +115,10 @@ def _prepare(request: Request, say: Say) -> _Plan:
     if given or request.level in RUNNING or request.layerwise:
         chosen = _prompts(request, given, args.vocab_size, args.max_position_embeddings, say)
     context = max((len(p.ids) for p in chosen), default=0) + request.max_tokens
-    compute = decode_runs.choose_compute(request.folder, context, "float32" if reference else request.dtype)
+    compute = decode_runs.choose_compute(request.folder, context, "float32" if reference else request.dtype, ranks)
     if not request.layerwise:
         _warn_of_memory(compute, say)
-    return _Plan(chosen, compute, reference, args.vocab_size)
+    return Plan(chosen, compute, reference, args.vocab_size)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -127,14 +139,15 @@ def _name_altered(request: Request, out: Outcome) -> None:
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-def _with_model(request: Request, plan: _Plan, out: Outcome, say: Say) -> None:
+def _with_model(request: Request, plan: Plan, out: Outcome, say: Say, ranks: Team | None) -> None:
     from ds4convert.inference import load
+    from ds4convert.inference.several.ranks import together
 
-    compute = plan.compute
+    compute, drafter = plan.compute, request.drafter
+    how: dict[str, Any] = {"dtype": compute.dtype, "dense": compute.dense, "drafter": drafter, "ranks": ranks}
     try:
-        model, _ = load.load_model(
-            request.folder, dtype=compute.dtype, dense=compute.dense, require_manifest=False, drafter=request.drafter
-        )
+        with together(ranks):
+            model, _ = load.load_model(request.folder, require_manifest=False, **how)
     except InputError as e:
         problems = _head_problems(request.folder)
         if not problems or not request.mtp:
@@ -294,9 +307,21 @@ def _divergence_from_source(request: Request, model: Model, passes: list[Passed]
 
 
 def _decode_facts(runs: Runs, request: Request) -> DecodeFacts:
+    from ds4convert.evaluate import decode_runs
+
+    spell = decode_runs.speller(request.folder)
     return DecodeFacts(
         prompts=tuple(PromptTokens(r.prompt.name, len(r.prompt.ids), r.prompt.is_text) for r in runs.runs),
         max_tokens=request.max_tokens,
         new_tokens=sum(len(r.plain.tokens) for r in runs.runs),
         plain_tokens_per_second=round(runs.plain_rate_tok_s, 2),
+        texts=tuple(_reply(run, spell) for run in runs.runs),
     )
+
+
+def _reply(run: PromptRun, spell: Callable[[Sequence[int]], list[str]]) -> Reply:
+    drafted = None
+    if run.mtp is not None:
+        drafted = tuple(map(Word, spell(run.mtp.tokens), run.mtp.places))
+    differs = run.divergence.position if run.divergence is not None else None
+    return Reply(run.prompt.name, "".join(spell(run.prompt.ids)), tuple(spell(run.plain.tokens)), drafted, differs)

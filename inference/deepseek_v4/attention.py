@@ -148,13 +148,16 @@ class Indexer(nn.Module):
         scores = (weights @ scores).squeeze(-2)
         hidden = mx.arange(entries.shape[1]) >= visible[:, None]
         scores = mx.where(hidden, -mx.inf, scores)
-        return mx.argpartition(-scores, self.topk - 1, axis=-1)[..., : self.topk].astype(mx.int32)
+        best = mx.argpartition(-mx.stop_gradient(scores), self.topk - 1, axis=-1)[..., : self.topk]
+        return best.astype(mx.int32)
 
 
 class Attention(nn.Module):
     """Multi-query attention with low-rank queries, one shared key/value head and grouped output (section
     5).
     """
+
+    attend = staticmethod(attend)
 
     def __init__(self, args: ModelArgs, layer: int, rope: Rope) -> None:
         super().__init__()
@@ -186,7 +189,7 @@ class Attention(nn.Module):
         for start in range(0, step.length, size):
             end = min(start + size, step.length)
             parts = [window.keys(start, end), *self._entries(index, cache, step, start, end)]
-            blocks.append(attend(queries[:, start:end], parts, self.attn_sink))
+            blocks.append(self.attend(queries[:, start:end], parts, self.attn_sink))
         cache.advance(step.length)
         output = blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=1)
         return self._project(rotate(output, step.table(self.rope), inverse=True))

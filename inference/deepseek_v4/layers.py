@@ -339,7 +339,7 @@ class Gate(nn.Module):
             picks = self.tid2eid[tokens]
         else:
             ranked = mx.argpartition(-(scores + self.e_score_correction_bias), self.chosen - 1, axis=-1)
-            picks = ranked[:, : self.chosen]
+            picks = mx.stop_gradient(ranked[:, : self.chosen])  # mlx-lm's trainers of scales take gradients
         weights = mx.take_along_axis(scores, picks, axis=-1)
         return picks, weights / weights.sum(axis=-1, keepdims=True) * self.factor
 

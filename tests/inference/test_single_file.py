@@ -12,13 +12,16 @@ import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
+from ds4convert.inference.load import load_model
 from ds4convert.inference.single_file import single_file_source
 from ds4convert.planning.layouts import layout_of
 from tests.inference.folders import edit_config, write, write_tokenizer
 from tests.inference.golden_data import BLOCK, GOLDEN, NAMES, config, golden, max_diff, model
-from tests.support import die_with_parent
+from tests.support import ROOT, die_with_parent
 
 NAME = NAMES[0]
 FILE_NAME = layout_of("mlx-lm").model_file
@@ -159,3 +162,24 @@ def test_stock_server_answers_twice(folder: Path) -> None:
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_gradients_pass_through_what_chooses_experts_and_entries() -> None:
+    """As mlx-lm's dynamic_quant and dwq take them: of the KL from the model's own logits, with weights to be trained.
+
+    Long enough for the indexer to choose; before, a gradient of indices was asked for, which mlx refuses.
+    """
+    model, _ = load_model(ROOT / "manifests" / "demo", dtype="float32", dense=True, require_manifest=False)
+    tokens = mx.arange(2 * 140).reshape(2, 140) % 1000
+    wanted = model(tokens)
+    model.freeze()
+    for block in model.layers:
+        block.attn.wq_a.unfreeze(keys=["weight"])
+        block.attn.wq_a.weight = block.attn.wq_a.weight * 1.1
+
+    def loss(tokens: mx.array, wanted: mx.array) -> mx.array:
+        return mx.abs(model(tokens) - wanted).mean()
+
+    _, found = nn.value_and_grad(model, loss)(tokens, wanted)
+    sizes = [float(mx.abs(x).max()) for _, x in tree_flatten(found)]
+    assert len(sizes) == len(model.layers) == 4 and all(0 < x < 1 for x in sizes)

@@ -51,6 +51,29 @@ def test_openai_clients_get_the_same_text_with_and_without_the_head(mtp: Running
     assert all(texts["mtp"])
 
 
+def test_a_request_may_leave_the_head_out_and_the_next_one_drafts_as_before(mtp: Running, plain: Running) -> None:
+    """State that was kept before stays good for both: the head knows nothing of a reply that it had no part in."""
+    first = mtp.text(PROMPT, max_tokens=24).json
+    without = mtp.text(PROMPT, max_tokens=24, mtp=False).json
+    again = mtp.text(PROMPT, max_tokens=24).json
+    assert first["choices"][0]["text"] == without["choices"][0]["text"] == again["choices"][0]["text"]
+    told = without["usage"]["ds4convert"]
+    assert (told["mtp_active"], told["drafted"], told["passes"]) == (False, 0, 23) and "drafted_at" not in told
+    assert again["usage"]["ds4convert"]["accepted"] == first["usage"]["ds4convert"]["accepted"] > 0
+    longer = PROMPT + without["choices"][0]["text"]
+    assert mtp.text(longer, max_tokens=8).json["usage"]["ds4convert"]["accepted"] > 0
+    assert plain.text(PROMPT, max_tokens=8, mtp=True).json["usage"]["ds4convert"]["mtp_active"] is False
+
+
+def test_the_model_tells_pages_what_may_be_set(mtp: Running, plain: Running) -> None:
+    [told] = [m["ds4convert"] for m in mtp.ask("GET", "/v1/models").json["data"]]
+    assert (told["mtp_active"], told["draft_depth"], told["thinks"]) == (True, 2, True)
+    fields = told["fields"]
+    assert fields["temperature"] == {"min": 0, "max": 100, "whole": False, "default": 0.0}
+    assert fields["max_tokens"]["max"] == told["context"] and fields["repetition_penalty"]["least"] == 0.1
+    assert plain.ask("GET", "/v1/models").json["data"][0]["ds4convert"]["draft_depth"] == 0
+
+
 def test_usage_tells_what_was_drafted_and_accepted(mtp: Running, plain: Running) -> None:
     usage = mtp.text(PROMPT, max_tokens=30).json["usage"]
     ours = usage["ds4convert"]

@@ -7,13 +7,16 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from ds4convert.api.reporting import document
 from ds4convert.checkpoint.types import JSON
-from ds4convert.words import project
+from ds4convert.words import macs, project
 
 NEEDED = ("click", "huggingface_hub", "jinja2", "mlx", "mlx-lm", "numpy", "safetensors", "tqdm", "xxhash")
 OPTIONAL = ("mlx-vlm", "mtplx", "tokenizers", "transformers")
+MEASURING = ("ds4convert", "mlx", "mlx-lm", "numpy")
+"""Packages on which figures of a run depend."""
 SECRET = ("TOKEN", "KEY", "PASSWORD", "SECRET")
 """What the name of a variable has in it whose value is not shown."""
 
@@ -34,6 +37,35 @@ def environment() -> JSON:
             "variables": _variables(),
         }
     )
+
+
+def described() -> tuple[tuple[str, str], ...]:
+    """Return machine and versions as rows of a name and a text, for a page about what was measured on it."""
+    where, memory, metal = _platform(), _memory(), _metal()
+    cores = f"{os.cpu_count()} cores" if os.cpu_count() else ""
+    parts = [metal["device"] or processor() or where["machine"], cores]
+    parts += [f"{memory / macs.GIB:.0f} GiB of memory"] if memory else []
+    packages = {name: _version(name) for name in MEASURING}
+    told = {
+        "Machine": ", ".join(p for p in parts if p),
+        "System": f"{where['system']} ({where['machine']})",
+        "Python": platform.python_version(),
+        "Versions": ", ".join(f"{name} {found}" for name, found in packages.items() if found),
+    }
+    return tuple(told.items())
+
+
+def processor() -> str | None:
+    """Return the name of the processor as the system tells it; None where it does not."""
+    if sys.platform == "darwin":
+        words = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+        return done.stdout.strip() or None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(name: str) -> str | None:

@@ -211,6 +211,7 @@ class Commands(click.Group):
 
     @commands.setter
     def commands(self, value: MutableMapping[str, click.Command]) -> None:
+        """Take the commands that click's own constructor sets: none, as a rule."""
         self._loaded = dict(value)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:

@@ -44,7 +44,19 @@ class FolderPath(NamedPath):
         return [CompletionItem(incomplete, type="dir")]
 
 
-PATH, FOLDER = NamedPath(path_type=Path), FolderPath(path_type=Path)
+class ResultPath(FolderPath):
+    """The path of a folder for a result, or, as text, the address of one in an object store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or the address as it was given."""
+        try:
+            is_elsewhere = isinstance(value, str) and values.result_place(value) is not None
+        except UsageError as e:
+            self.fail(str(e), param, ctx)
+        return value if is_elsewhere else super().convert(value, param, ctx)
+
+
+PATH, FOLDER, RESULT = NamedPath(path_type=Path), FolderPath(path_type=Path), ResultPath(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 

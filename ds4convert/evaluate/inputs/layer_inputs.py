@@ -212,6 +212,7 @@ class _Growing:
         self.file = path.open("wb")
 
     def add(self, expert: int | None, rows: np.ndarray) -> None:
+        """Append rows `[n, in]` as BF16. Raises `RuntimeError` for an expert that comes after a later one."""
         number = expert or 0
         if expert is not None:
             self.stacked = True

@@ -64,6 +64,7 @@ class _Batch:
         self.copies: dict[str, list[mx.array]] = {}
 
     def change(self, key: str) -> Callable[[mx.array], mx.array]:
+        """Return what rounds the values of a matrix to its probe."""
         return lambda values: rounded(values, self.probes[key])
 
     def run(self) -> dict[str, float]:

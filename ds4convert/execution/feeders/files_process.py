@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ds4convert.execution.elsewhere.deposit import Deposit, Stays
 from ds4convert.execution.file_writer import Run, Stopped
 from ds4convert.execution.journal import Begun, Finished, Log
 from ds4convert.execution.rounding_steps import Importance
@@ -47,6 +48,7 @@ class Setup:
     importance: Importance
     jobs: int
     cores: int
+    deposit: Deposit = field(default_factory=Stays)
 
 
 class Talk(Log):
@@ -112,7 +114,7 @@ def _work(setup: Setup, talk: Talk, source: IO[bytes]) -> None:
                 raise SourceChanged(name, "it has another size or modification time")
         run = Run(
             setup.plan, setup.out, sources, setup.disk, talk, setup.finished, talk.progress, setup.importance,
-            cores=setup.cores,
+            cores=setup.cores, deposit=setup.deposit,
         )  # fmt: skip
         with run.pool:
             _files(run, setup.jobs, talk, source)

@@ -51,3 +51,19 @@ def parse(src: str) -> Address:
     if not folder.isprintable() or any(p in {".", ".."} for p in parts) or any(c in folder for c in "?#\\"):
         raise UsageError(f"{show(src)}: the folder has parts that no object's name has here; {EXPECTED}")
     return Address(scheme.lower(), bucket, "/".join(parts))
+
+
+def place_of_result(out: str) -> Address | None:
+    """Return the folder of a store that `out` names, None for a folder here. Raises `UsageError` for what is neither.
+
+    What looks like an address and names no such folder is never taken for a path.
+    """
+    if is_address(out):
+        return parse(out)
+    found = _SCHEME.match(out)
+    if found is None:
+        return None
+    hint = " (`ds4convert publish` sends a finished folder to the Hub)" if found[1].lower() == "hf" else ""
+    raise UsageError(
+        f"{show(out)}: a result is written to a folder of this machine or of an object store{hint}; {EXPECTED}"
+    )

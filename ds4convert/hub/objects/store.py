@@ -55,25 +55,31 @@ class ObjectFolder:
         return [f for f in self.files if f.name.endswith(".safetensors") and belongs(f.name)]
 
 
-def opened(address: Address) -> Any:
-    """Return obstore's store of an address, with the rights that the environment has."""
+def opened(address: Address, timeout_s: int | None = None) -> Any:
+    """Return obstore's store of a folder, with its time for one request where that is not obstore's own.
+
+    Raises `EnvironmentFault` without the library.
+    """
     try:
         from obstore import store
     except ImportError:
         raise EnvironmentFault(
-            f"{address}: reading object stores needs the library obstore: install ds4convert with its extra, "
+            f"{address}: object stores need the library obstore: install ds4convert with its extra, "
             "pip install 'ds4convert[objects]'"
         ) from None
+    client: Any = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
     plain = any(os.environ.get(k, "").startswith("http://") for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
     more: dict[str, Any] = {
         "prefix": address.folder or None,
         "retry_config": {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
     }
-    with _told(str(address), address):
+    with told_as_ours(str(address), address):
         if address.scheme == "s3":
-            return store.S3Store(address.bucket, client_options={"allow_http": True} if plain else None, **more)
+            return store.S3Store(
+                address.bucket, client_options=client | ({"allow_http": True} if plain else {}), **more
+            )
         kind = store.GCSStore if address.scheme == "gs" else store.AzureStore
-        return kind(address.bucket, **more)
+        return kind(address.bucket, client_options=client, **more)
 
 
 def listed(address: Address) -> ObjectFolder:
@@ -81,7 +87,7 @@ def listed(address: Address) -> ObjectFolder:
     store = opened(address)
     import obstore
 
-    with _told(str(address), address):
+    with told_as_ours(str(address), address):
         found = obstore.list_with_delimiter(store)["objects"]
     if len(found) > MOST_FILES:
         raise InputError(f"{address}: holds {len(found):,} files, expected at most {MOST_FILES:,}; name a checkpoint's")
@@ -108,7 +114,7 @@ def read_range(folder: ObjectFolder, file: RemoteFile, start: int, size: int) ->
     done, patience = 0, Patience()
     while done < size:
         try:
-            with _told(f"{folder.name}: {file.name}", folder.address, (file, GenericError)):
+            with told_as_ours(f"{folder.name}: {file.name}", folder.address, (file, GenericError)):
                 options: Any = {"if_match": file.etag, "range": (start + done, start + size)}
                 answer = obstore.get(folder.store, file.name, options=options)
                 if answer.meta["size"] != file.size:
@@ -122,18 +128,23 @@ def read_range(folder: ObjectFolder, file: RemoteFile, start: int, size: int) ->
                 raise GenericError("the connection was cut")
         except GenericError as e:
             if not patience.again():
-                raise EnvironmentFault(f"{folder.name}: {file.name}: {_first_line(e)}. {AGAIN}") from None
+                raise EnvironmentFault(f"{folder.name}: {file.name}: {first_line(e)}. {AGAIN}") from None
 
 
 @contextmanager
-def _told(where: str, address: Address, reading: tuple[RemoteFile, type[Exception]] | None = None) -> Iterator[None]:
-    """Turn obstore's errors into ours. Where a file is read, one that a further try may mend is left as it is."""
+def told_as_ours(
+    where: str, address: Address, reading: tuple[RemoteFile, type[Exception]] | None = None, done: str = "read"
+) -> Iterator[None]:
+    """Turn obstore's errors into ours. Where a file is read, one that a further try may mend is left as it is.
+
+    `done` is what is done there, for an error to say.
+    """
     from obstore import exceptions as theirs
 
     try:
         yield
     except (theirs.PermissionDeniedError, theirs.UnauthenticatedError) as e:
-        raise _refused(where, address, e) from None
+        raise _refused(where, address, e, done) from None
     except theirs.PreconditionError:
         assert reading is not None
         raise SourceChanged(reading[0].name, f"its ETag is no longer {show(reading[0].etag)}") from None
@@ -146,32 +157,32 @@ def _told(where: str, address: Address, reading: tuple[RemoteFile, type[Exceptio
             raise
         status = _STATUS.search(str(e))  # of a listing that fails, the kind of error tells nothing
         if status is not None and status[1] in {"401", "403"}:
-            raise _refused(where, address, e) from None
+            raise _refused(where, address, e, done) from None
         if status is not None and status[1] == "404":
             raise _missing(where, e) from None
         raise EnvironmentFault(
-            f"{where}: the store cannot be reached ({_first_line(e)}). Address and rights are taken from the "
+            f"{where}: the store cannot be reached ({first_line(e)}). Address and rights are taken from the "
             f"environment: {RIGHTS[address.scheme]}"
         ) from None
     except theirs.BaseError as e:
-        raise EnvironmentFault(f"{where}: {_first_line(e)}. {AGAIN}") from None
+        raise EnvironmentFault(f"{where}: {first_line(e)}. {AGAIN}") from None
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
 
 
-def _refused(where: str, address: Address, e: BaseException) -> EnvironmentFault:
+def _refused(where: str, address: Address, e: BaseException, done: str) -> EnvironmentFault:
     return EnvironmentFault(
-        f"{where}: the store refuses to let this be read ({_first_line(e)}). Rights are taken from the environment: "
+        f"{where}: the store refuses to let this be {done} ({first_line(e)}). Rights are taken from the environment: "
         f"{RIGHTS[address.scheme]}"
     )
 
 
 def _missing(where: str, e: BaseException) -> InputError:
-    return InputError(f"{where}: there is no such bucket or folder ({_first_line(e)})")
+    return InputError(f"{where}: there is no such bucket or folder ({first_line(e)})")
 
 
-def _first_line(e: BaseException) -> str:
+def first_line(e: BaseException) -> str:
     """Return what obstore says, without the store's XML and the lines for its developers."""
     first = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return show(first.partition("<?xml")[0].rstrip(": "), 300)

@@ -96,7 +96,7 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.decoder, self.asked, self.form = decoder, asked, form
         self.begin, self.write, self.is_gone, self.queued = begin, write, is_gone, queued
-        self.usage = Usage(is_active=decoder.draft_depth > 0)
+        self.usage = Usage(is_active=decoder.draft_depth > 0 and asked.mtp)
         self.ctx: Context | None = None
         self.written = time.monotonic()
 

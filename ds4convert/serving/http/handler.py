@@ -28,7 +28,7 @@ from ds4convert.serving.http import access, bodies
 from ds4convert.serving.http.access import Policy
 from ds4convert.serving.http.bodies import Framing, HeadTooLarge, Incoming
 from ds4convert.serving.http.exchange import Exchange
-from ds4convert.serving.http.responses import Form, dumps
+from ds4convert.serving.http.responses import EXTENSION, Form, dumps
 from ds4convert.serving.metrics import Metrics
 from ds4convert.serving.refused import Refused
 from ds4convert.serving.seam import ClientGone, Decoder
@@ -38,6 +38,12 @@ LOG = logging.getLogger(__name__)
 ROUTES = {"/v1/chat/completions": CHAT, "/chat/completions": CHAT, "/v1/completions": TEXT}
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing of requests."""
+
+PAGE_RULES = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page may do: run what stands in it, and ask this server. Its icon is in it; no other site may frame it."""
 
 CLIENT_GONE = 499
 LINGER_SECONDS = 2.0
@@ -232,7 +238,18 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json(200 if is_well else 503, {"status": status, "mtp_active": self.site.metrics.mtp_active})
 
     def _model(self) -> JSON:
-        return {"id": self.site.name, "object": "model", "created": 0, "owned_by": "local"}
+        head = {"id": self.site.name, "object": "model", "created": 0, "owned_by": "local"}
+        decoder, limits = self.site.decoder, self.site.limits
+        return {
+            **head,
+            EXTENSION: {
+                "mtp_active": self.site.metrics.mtp_active,
+                "draft_depth": decoder.draft_depth,
+                "thinks": decoder.marks.think_end is not None,
+                "context": limits.context,
+                "fields": validation.allowed(limits),
+            },
+        }
 
     def _options(self) -> None:
         self._send(204, b"", None)
@@ -347,8 +364,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.send_header("X-Content-Type-Options", "nosniff")
         if kind is not None and kind.startswith("text/html"):
-            rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-            self.send_header("Content-Security-Policy", rules)
+            self.send_header("Content-Security-Policy", PAGE_RULES)
         if status == HTTPStatus.UNAUTHORIZED:
             self.send_header("WWW-Authenticate", "Bearer")
         if status in (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NO_CONTENT):

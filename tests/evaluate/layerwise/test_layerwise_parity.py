@@ -11,7 +11,9 @@ import pytest
 
 from ds4convert.evaluate import layerwise, walk
 from ds4convert.evaluate.layerwise import run_layerwise
+from ds4convert.evaluate.stages import attending
 from ds4convert.evaluate.walk import Walk
+from ds4convert.inference.deepseek_v4.attention import Keys, attend
 from tests import support, support_run
 from tests.evaluate.layerwise import whole
 from tests.evaluate.layerwise.whole import DEMO, checkpoint, max_diff, run_whole
@@ -186,3 +188,16 @@ def test_result_is_json_and_progress_adds_up() -> None:
     assert 0 < result.memory.largest_layer < result.memory.weights < result.memory.peak_rss
     small = run_layerwise(DEMO, [[1, 2]])
     assert small.prompts[0].head_nll is None and small.converted.drafts == 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared keys", "keys of each row"])
+def test_attention_multiplied_by_numpy_is_that_of_the_model(own: bool) -> None:
+    """With a window, compressed entries, masks, and sinks large enough to matter."""
+    mx.random.seed(3)
+    queries, sink = mx.random.normal((2, 7, 3, 16)), mx.array([0.5, -1.0, 2.0])
+    near = Keys(mx.random.normal((2, 9, 16)), mx.arange(9) <= mx.arange(7)[:, None] + 1)
+    shape = (2, 7, 5, 16) if own else (2, 5, 16)
+    far = Keys(mx.random.normal(shape), mx.arange(5) < mx.arange(7)[:, None])  # the first row sees none of these
+    found, wanted = (how(queries, [near, far], sink) for how in (attending.attend, attend))
+    assert found.shape == wanted.shape and max_diff(found, wanted) <= 1e-6
+    assert max_diff(attending.attend(queries, [near], sink), wanted) > 1e-2

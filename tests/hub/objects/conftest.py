@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,25 +24,54 @@ DENIED = ("403 Forbidden", "AccessDenied")
 
 @dataclass
 class S3:
-    """The server. `fault` may answer a request in its place, by method and path; `seen` are (path, range, if-match)."""
+    """The server. `fault` may answer a request in its place, by method and path; `seen` are (path, range, if-match).
+
+    `after` is called when a request has been carried out, and may answer it otherwise. `puts` are (path, if-none-match,
+    status) of what was to be written. `ignores_conditions`: it writes whatever it is asked not to replace.
+    `hides_digests`: its ETags are no MD5, as S3's are where objects are encrypted with a key of KMS.
+    """
 
     port: int = 0
     fault: Callable[[str, str], Answer] = lambda method, path: None
+    after: Callable[[str, str], Answer] = lambda method, path: None
     seen: list[tuple[str, str, str]] = field(default_factory=list)
+    puts: list[tuple[str, str, str]] = field(default_factory=list)
+    ignores_conditions: bool = False
+    hides_digests: bool = False
 
     def wrapped(self, app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
         """Return moto's application with the faults in front of it."""
 
         def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-            path = environ["PATH_INFO"]
+            path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
             self.seen.append((path, environ.get("HTTP_RANGE", ""), environ.get("HTTP_IF_MATCH", "")))
-            if (found := self.fault(environ["REQUEST_METHOD"], path)) is None:
-                return app(environ, start)
-            body = f"<Error><Code>{found[1]}</Code><Message>{found[1]}</Message></Error>".encode()
-            start(found[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-            return [body]
+            found, told, body = self.fault(method, path), [], []
+            if found is None:
+                told, body = self._carried_out(app, environ)
+                found = self.after(method, path)
+            if found is not None:
+                body = [f"<Error><Code>{found[1]}</Code><Message>{found[1]}</Message></Error>".encode()]
+                told = [found[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(body[0])))]]
+            start(*told)
+            return body
 
         return answer
+
+    def _carried_out(
+        self, app: Callable[..., Iterable[bytes]], environ: dict[str, Any]
+    ) -> tuple[list[Any], list[bytes]]:
+        """Return what moto answers: status and headers, and the body."""
+        wanted, told = environ.get("HTTP_IF_NONE_MATCH", ""), []
+        if self.ignores_conditions:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
+        if self.hides_digests and "HTTP_IF_MATCH" in environ:
+            environ["HTTP_IF_MATCH"] = environ["HTTP_IF_MATCH"][::-1]
+        body = list(app(environ, lambda *words: told.extend(words)))
+        if environ["REQUEST_METHOD"] == "PUT":
+            self.puts.append((environ["PATH_INFO"], wanted, told[0]))
+        if self.hides_digests:
+            told[1] = [(k, v[::-1] if k.lower() == "etag" else v) for k, v in told[1]]
+        return told, body
 
     def request(self, method: str, path: str, body: bytes = b"") -> int:
         """Send a request of the tests' own; return the status."""
@@ -50,6 +80,34 @@ class S3:
         status = connection.getresponse().status
         connection.close()
         return status
+
+    def contents(self, where: str) -> dict[str, str]:
+        """Return the sha256 of every object below a folder of the store, by name, as a reader of its own tells it."""
+        import obstore
+        from obstore import store
+
+        bucket = store.S3Store("models", prefix=where, client_options={"allow_http": True})
+        names = [m["path"] for batch in obstore.list(bucket) for m in batch]
+        return {n: hashlib.sha256(bytes(obstore.get(bucket, n).bytes())).hexdigest() for n in sorted(names)}
+
+    def get(self, where: str, to: Path) -> Path:
+        """Copy the objects of a folder of the store into a folder here."""
+        import obstore
+        from obstore import store
+
+        bucket = store.S3Store("models", prefix=where, client_options={"allow_http": True})
+        for meta in [m for batch in obstore.list(bucket) for m in batch]:
+            path = to / meta["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(obstore.get(bucket, meta["path"]).bytes()))
+        return to
+
+    def reset(self) -> None:
+        """Be a store without faults again, and forget what was asked."""
+        self.fault, self.after = (lambda method, path: None), (lambda method, path: None)
+        self.ignores_conditions = self.hides_digests = False
+        self.seen.clear()
+        self.puts.clear()
 
     def put(self, folder: Path, where: str) -> None:
         """Put the files of a folder into the store."""
@@ -87,6 +145,6 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
     }.items():
         monkeypatch.setenv(name, value)
-    server.seen.clear()
+    server.reset()
     yield server
-    server.fault = lambda method, path: None
+    server.reset()

@@ -160,9 +160,3 @@ def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ds4.EnvironmentFault, match=r"pip install 'ds4convert\[objects\]'"):
         ds4.inspect("s3://models/tiny")
-
-
-def test_a_store_is_no_place_for_the_result(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ds4.UsageError, match="has to be on this machine"):
-        ds4.convert(source, "s3://models/out")
-    assert "on this machine" in s.cli("quantize", source, "s3://models/out", exit_code=2).stderr

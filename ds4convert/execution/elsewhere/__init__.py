@@ -1,0 +1,1 @@
+"""Results that do not stay in the folder they are written in."""

@@ -1,0 +1,1 @@
+"""`verify` by several processes at once."""
