@@ -42,14 +42,34 @@ def test_inspect_of_a_folder_that_lost_nothing_shows_no_losses(tmp_path: Path) -
     assert "rounding" not in s.cli("inspect", tmp_path / "mlx").stdout
 
 
+LANE = re.compile(r'<div class="name">(.*?) <span>.*?</div>\n<div class="cells".*?</div></div>', re.S)
+SPAN = re.compile(r'title="layers? (\d+)(?: to (\d+))?: ([^"]*)"')
+
+
+def told_by_the_map(page: str, section: str) -> dict[tuple[str, int], str]:
+    """Return what a map says of every role and layer."""
+    text = page[page.index(f'<section id="{section}"') :]
+    found: dict[tuple[str, int], str] = {}
+    for lane in LANE.finditer(text[: text.index("</section>")]):
+        for first, last, said in SPAN.findall(lane[0]):
+            for layer in range(int(first), int(last or first) + 1):
+                assert (lane[1], layer) not in found
+                found[lane[1], layer] = said
+    return found
+
+
 @pytest.mark.slow
-def test_the_page_draws_a_cell_per_group_and_layer(rounded: Path, tmp_path: Path) -> None:
+def test_the_page_says_format_and_error_of_every_role_in_every_layer(rounded: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     s.cli("verify", rounded, "--mtp", "--max-tokens", "4", "--report", page, exit_code=None)
-    text = page.read_text()
-    rows = json.loads(s.cli("inspect", rounded, "--json").stdout)["losses"]
-    maps = re.findall(r'<svg class="map".*?</svg>', text, re.S)
-    assert len(maps) == 2 and all(m.count("<rect") == len(rows) for m in maps)
-    assert "experts, layer 0, affine-2-g64: 2.50 bits" in text
-    shades = [float(x) for x in re.findall(r'fill-opacity="([\d.]+)"', maps[0])]
-    assert min(shades) == 0 and max(shades) == 1
+    rows = [r for r in json.loads(s.cli("inspect", rounded, "--json").stdout)["losses"] if r["layer"] is not None]
+    inside = [r for r in rows if not r["group"].startswith("mtp")]
+    formats, errors = (told_by_the_map(page.read_text(), name) for name in ("formats", "rounding"))
+    assert len(inside) > 10 and len(formats) == len(errors) == len(inside)
+    assert sorted(said for said in formats.values()) == sorted(
+        f"{' + '.join(r['formats'])}, {r['bits_per_weight']:.3g} bits" for r in inside
+    )
+    assert sum(said == "nothing lost" for said in errors.values()) == sum(not r["relative_square"] for r in inside)
+    assert formats["experts", 0] == "affine-2-g64, 2.5 bits" and errors["experts", 0].startswith(
+        "affine-2-g64, error 0."
+    )
