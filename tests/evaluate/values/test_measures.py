@@ -102,7 +102,7 @@ def test_a_need_fits_up_to_what_is_free_and_where_nobody_knows() -> None:
 
 
 def decoded(tokens: list[int], rows: list[list[float]]) -> Decoded:
-    return Decoded(tokens, [mx.array(r) for r in rows], 0.0, DecodeStats())
+    return Decoded(tokens, rows=[mx.array(r) for r in rows])
 
 
 def test_the_first_token_that_differs_is_told_with_the_margin_of_the_plain_row() -> None:

@@ -15,7 +15,7 @@ def decoded(tokens: list[int], seconds: float, at: Sequence[tuple[int, int]] = (
     stats = DecodeStats()
     stats.drafted_at, stats.accepted_at = [d for d, _ in at], [a for _, a in at]
     stats.drafted, stats.accepted, stats.passes = sum(stats.drafted_at), sum(stats.accepted_at), passes
-    return Decoded(list(tokens), [], seconds, stats)
+    return Decoded(list(tokens), seconds=seconds, stats=stats)
 
 
 def runs(first: int = 8, drafted: int = 10, tokens: list[int] | None = None, fast: float = 2.0, **more: Any) -> Runs:
