@@ -54,8 +54,9 @@ def test_the_figures_of_the_head_are_told_by_position(layout: str, folders: Any,
     assert head["greedy_equal"] and head["tokens_per_pass"] > 2 and head["teacher_forced"]["agreement"] > 0.5
     assert sum(b["drafts"] for b in head["calibration"]) >= head["accepted"]
     text = page.read_text()
-    assert "Acceptance as a curve" in text and "Confidence against observed acceptance" in text
-    assert text.count("<circle") == 5 + len(head["calibration"])
+    assert "Acceptance by position" in text and "Confidence against observed acceptance" in text
+    assert all(f"draft {n}" in text and f"{share:.1%}" in text for n, share in enumerate(shares, 1))
+    assert text.count("<circle") == 1 + len(head["calibration"]), "the mark of the verdict, and a point for each bin"
 
 
 @pytest.mark.nightly
