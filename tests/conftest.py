@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from ds4convert.checkpoint import advice
 from tests import places, sharing, support
 from tests.fast import is_fast
 
@@ -103,6 +104,15 @@ def environment() -> Iterator[None]:
         if name != "PYTEST_CURRENT_TEST" and os.environ.get(name) != before.get(name):  # pytest's own changes meanwhile
             os.environ.pop(name, None)
             os.environ.update({n: v for n, v in before.items() if n == name})
+
+
+@pytest.fixture(autouse=True)
+def no_command() -> Iterator[None]:
+    """Every test begins outside of a command: a test that parses a command line leaves the names of its options."""
+    token = advice.OPTIONS.set(None)
+    yield
+    with suppress(ValueError):  # set in another context: it goes with that
+        advice.OPTIONS.reset(token)
 
 
 @pytest.fixture(autouse=True)

@@ -196,6 +196,9 @@ def test_no_control_can_be_set_to_what_the_server_refuses(wire: Wire, browser: B
         body = json.loads(browser.value(script))
         asked = validation.parse(json.dumps(body).encode(), CHAT, limits)
         assert asked.max_tokens >= 1 and set(validation.allowed(limits)) >= {k for k in body if k in asked.numbers}
+    remarks = [e for e in browser.errors if "cannot be parsed, or is out of range" in e]
+    assert browser.errors == remarks, "all that the browser may say is that a field of numbers takes no text"
+    browser.errors.clear()
     browser.value("$('reset').click()")
     assert browser.value("$('top_p').value") == "1" and browser.value("$('max_tokens').value") == "100"
 
