@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from ds4convert.formats.codecs import CODECS
 from tests.tools.loaded import load
 
-mtp, serve, quality = (load(f"benchmarks/{n}.py") for n in ("mtp_speed", "serve_load", "quality"))
+mtp, serve, held_out = (load(f"benchmarks/{n}.py") for n in ("mtp_speed", "serve_load", "held_out"))
 copy, rounding, rearrange, convert = (
     load(f"benchmarks/{n}.py") for n in ("copy_paths", "rounding", "rearrange", "convert_speed")
 )
@@ -61,23 +60,18 @@ def test_a_load_is_good_without_errors_with_all_counted_and_with_memory_that_doe
         assert not serve.is_good(facts(**wrong)), wrong
 
 
-def test_the_table_of_quality_has_every_conversion_once() -> None:
-    made = [(c.name, c.rounding, c.calibrated) for c in quality.cases()]
-    assert len(made) == len(set(made)) == 1 + 2 * 5 * 3 + 5 * 2
-    assert {c.recipe.formats["mtp"] for c in quality.cases() if c.name.startswith("head")} == {
-        f"affine-{b}-g64" for b in (2, 3, 4, 6, 8)
-    }
+def test_a_mean_over_chapters_has_the_standard_error_of_the_mean() -> None:
+    found = held_out.mean([1.0, 2.0, 3.0, 4.0])
+    assert found.mean == 2.5
+    assert found.error == pytest.approx((5 / 3) ** 0.5 / 2), "a sample's variance is 5 / 3, of four chapters"
+    assert found.said(2) == "2.50 +- 0.65"
 
 
-def test_a_line_of_quality_says_what_was_measured() -> None:
-    found = SimpleNamespace(
-        divergence=SimpleNamespace(kl_mean=0.01234, same_argmax=90, positions=100),
-        converted=SimpleNamespace(perplexity=5.5, acceptance=0.75),
-    )
-    case = next(c for c in quality.cases() if c.calibrated)
-    assert quality.line(case, found, 1_234_567) == (
-        "| recipe q8 | optimal, calibrated | 5.5000 | 0.0123 | 90.0% | 75.0% | 1.235 MB |"
-    )
+def test_a_ratio_on_the_same_chapters_has_no_error_of_what_both_share() -> None:
+    same = held_out.ratio([0.5, 1.0, 4.0], [1.0, 2.0, 8.0])
+    assert (same.mean, same.error) == (0.5, 0.0), "chapters differ, the ratio does not"
+    other = held_out.ratio([1.0, 3.0], [2.0, 2.0])
+    assert other.mean == 1.0 and other.error == pytest.approx(0.5), "1 +- 1 by chapter, over a mean of 2, of two"
 
 
 @pytest.mark.parametrize("way", copy.WAYS, ids=lambda way: way[0])
