@@ -34,21 +34,25 @@ HANDED = re.compile(r"handing out (\d+) parts took ([\d.]+) s")
 
 
 def started(source: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    """Begin a conversion in a process of its own; its standard error is kept."""
     command = [*PROGRAM, "quantize", str(source), str(out), *RECIPE, *words]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def ended(child: subprocess.Popen[str]) -> str:
+    """Wait for a conversion, which has to end well, and return its standard error."""
     told = child.communicate()[1]
     assert child.returncode == 0, told
     return told
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a result by name: all ways have to give the same."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 def alone(source: Path, out: Path) -> tuple[float, float, str]:
+    """Convert on one core; return seconds until the files are written, until the end, and what was told."""
     start = time.monotonic()
     ended(started(source, out, "--cores", "1"))
     took = time.monotonic() - start
@@ -56,6 +60,7 @@ def alone(source: Path, out: Path) -> tuple[float, float, str]:
 
 
 def in_parts(source: Path, out: Path) -> tuple[float, float, str]:
+    """Convert in two parts of a core each, then end it; return what `alone` does."""
     start = time.monotonic()
     for child in [started(source, out, "--cores", "1", "--part", f"{n}/2") for n in (1, 2)]:
         ended(child)
@@ -65,6 +70,8 @@ def in_parts(source: Path, out: Path) -> tuple[float, float, str]:
 
 
 def on_cluster(address: str) -> Callable[[Path, Path], tuple[float, float, str]]:
+    """Return the way over a cluster's machines; what it tells is the cost of handing out."""
+
     def way(source: Path, out: Path) -> tuple[float, float, str]:
         start = time.monotonic()
         child, written, handed = started(source, out, "--cores", "1", "--cluster", address, "-v"), 0.0, ""
@@ -82,6 +89,7 @@ def on_cluster(address: str) -> Callable[[Path, Path], tuple[float, float, str]]
 
 
 def cluster(machines: int) -> tuple[object, str]:
+    """Begin a cluster on this computer: a head that does no work, and machines of a core each; also its address."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
@@ -93,6 +101,7 @@ def cluster(machines: int) -> tuple[object, str]:
 
 
 def main() -> None:
+    """Convert in every way and print the table; every result has to be the same, file for file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flash")
     parser.add_argument("--experts", type=int, default=64)
