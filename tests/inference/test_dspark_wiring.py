@@ -18,6 +18,7 @@ from ds4convert.evaluate.decode_runs import Prompt
 from ds4convert.evaluate.forced import backbone_passes, head_logits
 from ds4convert.evaluate.forced_dspark import forced_blocks
 from ds4convert.inference.load import build_model
+from ds4convert.verification import prompts
 from tests.inference.golden_data import BLOCK, build, golden, max_diff, model
 
 NAME = BLOCK[0]
@@ -83,8 +84,11 @@ def test_exchanged_parts_are_found_and_the_model_is_left_as_it_was(
     assert max_diff(head_logits(m, passes(m)[1]), before) == 0, "put back"
 
 
-def trained() -> tuple[Any, list[Any]]:
-    """The trained head of the demo and passes over text that its training left out."""
+HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.json"
+
+
+def trained(texts: list[str] | None = None) -> tuple[Any, list[Any]]:
+    """The trained head of the demo and passes over texts: if not said, those that its training left out."""
     weights: dict[str, mx.array] = {}
     files = dict(embedded.files(embedded.DSPARK))
     with tempfile.TemporaryDirectory() as folder:
@@ -98,8 +102,29 @@ def trained() -> tuple[Any, list[Any]]:
     m.set_compute_dtype(mx.float32)
     m.dequantize()
     encode = Tokenizer.from_str(files["tokenizer.json"].decode()).encode
-    texts = json.loads((Path(__file__).parents[1] / "data" / "held_out.json").read_text())
-    return m, backbone_passes(m, [Prompt(str(n), (0, *encode(t).ids)) for n, t in enumerate(texts)])
+    start = () if texts else (0,)  # as in training; `verify` gives a text as the tokenizer does, without
+    texts = texts or json.loads(HELD_OUT.read_text())
+    return m, backbone_passes(m, [Prompt(str(n), (*start, *encode(t).ids)) for n, t in enumerate(texts)])
+
+
+@pytest.mark.slow
+def test_a_confidence_that_is_too_sure_on_texts_of_another_kind_is_no_exchange() -> None:
+    """The prompts of `verify` have code and French, the demo has read one old book: it expects more hits there."""
+    m, taken = trained([str(p.content) for p in prompts.fixed_prompts()])
+    assert wiring_dspark._normed_confidence(m, taken) == []
+
+
+def test_logits_are_brought_to_the_share_of_hits_and_keep_their_distances() -> None:
+    logits = mx.array([[-1.0, 0.5], [2.0, 3.0], [0.0, -2.0]])
+    hit, weight = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), mx.array([[40.0, 40.0], [40.0, 40.0], [40.0, 0.0]])
+    found = wiring_dspark._to_level(logits, hit, weight)
+    assert max_diff(found - found[0, 0], logits - logits[0, 0]) < 1e-6
+    share = (mx.sigmoid(found) * weight).sum() / weight.sum()
+    assert share.item() == pytest.approx(3 / 5, abs=0.01), "of 200 that count 120 hit"
+    none = wiring_dspark._to_level(logits, mx.zeros_like(hit), weight)
+    assert bool(mx.isfinite(none).all()) and none.max().item() < -1.5
+    broken = mx.array([[mx.nan, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    assert wiring_dspark._to_level(broken, hit, weight) is broken
 
 
 def swap_connections(m: Any) -> None:
@@ -119,8 +144,7 @@ def test_more_than_the_tables_is_judged_in_a_trained_head() -> None:
     assert healthy.found == () and healthy.tried >= 7, healthy
     for damage, words in ((swap_connections, "attn_hc and ffn_hc"), (reverse_taps, "order reversed")):
         damage(m)
-        prompts = [passed.prompt for passed in taken]
-        found = wiring_dspark.check_wiring(m, backbone_passes(m, prompts))
+        found = wiring_dspark.check_wiring(m, backbone_passes(m, [passed.prompt for passed in taken]))
         assert any(words in str(x) for x in found.found), (words, found)
         damage(m)
 
