@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4convert.checkpoint import tensors
-from ds4convert.checkpoint.tensors import Logical, decode, grid_of
+from ds4convert.checkpoint.tensors import LogicalTensor, decode, grid_of
 from ds4convert.converted.open import open_checkpoint
 from ds4convert.formats import blocks, small_floats
 from ds4convert.formats.codecs import CODECS, Codec
@@ -124,7 +124,7 @@ def matrices_of(folder: Path) -> Iterator[Matrix]:
         reader.close()
 
 
-def _read(tensor: Logical, reader: Numbered, number: int) -> Matrix:
+def _read(tensor: LogicalTensor, reader: Numbered, number: int) -> Matrix:
     packed, grid = (
         tensors.codes(tensor, reader, number, 0, tensor.rows),
         grid_of(tensor, reader, number),

@@ -27,7 +27,7 @@ from ds4convert.derive import donor
 from ds4convert.derive import graft as grafting
 from ds4convert.derive import in_place as changes
 from ds4convert.derive import relayout as relaying
-from ds4convert.derive.derivation import Assembly
+from ds4convert.derive.derivation import Derivation
 from ds4convert.derive.donor import Donor
 from ds4convert.derive.graft import Graft
 from ds4convert.errors import UsageError
@@ -236,11 +236,11 @@ def _written(planned: Graft, out: Path | None, options: GraftOptions, listener: 
         return Rearranged(out, outcome.resumed, outcome.already_done, facts)
 
 
-def _facts(made: Assembly) -> JSON:
+def _facts(made: Derivation) -> JSON:
     return {
-        "layout": made.account.layout,
-        "head": made.account.head_kind,
-        "files_written": [f.name for f in made.work.files],
-        "files_kept": [made.account.files[n].name for n in made.kept],
-        "bytes_written": sum(f.size for f in made.work.files),
+        "layout": made.result_plan.layout,
+        "head": made.result_plan.head_kind,
+        "files_written": [f.name for f in made.write_plan.files],
+        "files_kept": [made.result_plan.files[n].name for n in made.kept],
+        "bytes_written": sum(f.size for f in made.write_plan.files),
     }

@@ -104,7 +104,7 @@ def _of_converted(source: Place | None, options: ConversionOptions, settled: Opt
     settled, text = _with_text(local(source), options, settled)
     settled, known = _calibrated(base.inventory, options, settled)
     made = requantize.plan(base, settled)
-    return Prepared(made.source, made.plan, None, made.ending(), known, text)
+    return Prepared(made.source, made.plan, None, made.completion(), known, text)
 
 
 def _with_text(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4convert.checkpoint.tensors import Grid, Logical, View, codes, decode, grid_of, row_chunks
+from ds4convert.checkpoint.tensors import Grid, LogicalTensor, TensorView, codes, decode, grid_of, row_chunks
 from ds4convert.checkpoint.types import JSON
 from ds4convert.formats.blocks import MX_GROUP
 from ds4convert.storage.byte_source import Numbered
@@ -55,17 +55,17 @@ class Difference:
     repeated: Repeated | None = None
 
 
-Otherwise = Callable[[Logical, Logical, Numbered, Numbered], Difference | None]
+Otherwise = Callable[[LogicalTensor, LogicalTensor, Numbered, Numbered], Difference | None]
 """Compares two tensors in a way of its own; None where it has none for them."""
 
 
 def compare_views(
-    a: View,
-    b: View,
+    a: TensorView,
+    b: TensorView,
     jobs: int = 2,
     progress: Callable[[int], None] = lambda n: None,
     otherwise: Otherwise = lambda a, b, ra, rb: None,
-) -> Iterator[tuple[str, Logical | None, Logical | None, Difference]]:
+) -> Iterator[tuple[str, LogicalTensor | None, LogicalTensor | None, Difference]]:
     """Yield (key, tensor in a, tensor in b, difference) for every key of either side, in the order of `a`, then `b`.
 
     `otherwise` is asked first for every tensor that both sides have.
@@ -94,8 +94,8 @@ def compare_views(
 
 
 def compare_headers(
-    a: View, b: View, progress: Callable[[int], None] = lambda n: None
-) -> Iterator[tuple[str, Logical | None, Logical | None, Difference]]:
+    a: TensorView, b: TensorView, progress: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[str, LogicalTensor | None, LogicalTensor | None, Difference]]:
     """Yield as `compare_views` what headers alone tell: shapes and formats; values are not read."""
     for key in [*a.tensors, *(k for k in b.tensors if k not in a.tensors)]:
         x, y = a.tensors.get(key), b.tensors.get(key)
@@ -106,7 +106,7 @@ def compare_headers(
         yield key, x, y, found
 
 
-def difference(a: Logical | None, b: Logical | None, ra: Numbered, rb: Numbered) -> Difference:
+def difference(a: LogicalTensor | None, b: LogicalTensor | None, ra: Numbered, rb: Numbered) -> Difference:
     """Return how the values of `b` differ from those of `a`, streaming both."""
     if a is None or b is None:
         return Difference((a or b).key, "missing", False)  # type: ignore[union-attr]
@@ -144,7 +144,9 @@ def difference(a: Logical | None, b: Logical | None, ra: Numbered, rb: Numbered)
     return Difference(a.key, "value", False, first, worst, relative)
 
 
-def _scale_difference(a: Logical, b: Logical, grid_a: Grid | None, grid_b: Grid | None) -> tuple[int, int] | None:
+def _scale_difference(
+    a: LogicalTensor, b: LogicalTensor, grid_a: Grid | None, grid_b: Grid | None
+) -> tuple[int, int] | None:
     """Return the first element whose block scale differs where both sides keep the source's scales.
 
     A scale may differ without any value doing so (a group of zeros); it is a difference all the same.
@@ -169,8 +171,8 @@ SPREAD_ROWS = 1 << 16
 
 
 def _equal_bytes(
-    a: Logical,
-    b: Logical,
+    a: LogicalTensor,
+    b: LogicalTensor,
     ca: np.ndarray,
     cb: np.ndarray,
     grid_a: Grid | None,
@@ -195,7 +197,7 @@ def _unequal(va: np.ndarray, vb: np.ndarray) -> NDArray[np.bool_]:
 
 
 def _first_difference(
-    a: Logical, b: Logical, ca: np.ndarray, cb: np.ndarray, va: np.ndarray, vb: np.ndarray
+    a: LogicalTensor, b: LogicalTensor, ca: np.ndarray, cb: np.ndarray, va: np.ndarray, vb: np.ndarray
 ) -> tuple[int, int] | None:
     """Return (row, column) of the first element whose value, or code of the same kind, differs."""
     unequal = _unequal(va, vb)
@@ -208,7 +210,7 @@ def _first_difference(
     return (int(at[0][0]), int(at[0][1])) if at.size else None
 
 
-def tensor_json(key: str, a: Logical | None, b: Logical | None, d: Difference) -> JSON:
+def tensor_json(key: str, a: LogicalTensor | None, b: LogicalTensor | None, d: Difference) -> JSON:
     """Return one row of `diff --json`: same, moved, changed (format or value), only_a or only_b."""
     row: JSON = {"tensor": key, "status": _status(a, b, d)}
     if a is not None:
@@ -229,7 +231,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Difference]], values: bool = True) -> JSON:
+def summarise(
+    compared: Iterator[tuple[str, LogicalTensor | None, LogicalTensor | None, Difference]], values: bool = True
+) -> JSON:
     """Return the figures of `diff` under the keys of the command line contract; `same` counts equal values.
 
     `values`: whether values were compared at all.
@@ -251,7 +255,7 @@ def summarise(compared: Iterator[tuple[str, Logical | None, Logical | None, Diff
 STATUSES = ("same", "moved", "same values, other format", "changed", "only_a", "only_b")
 
 
-def _status(a: Logical | None, b: Logical | None, d: Difference) -> str:
+def _status(a: LogicalTensor | None, b: LogicalTensor | None, d: Difference) -> str:
     if a is None:
         return "only_b"
     if b is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds4convert.checkpoint.folder import Checkpoint
-from ds4convert.checkpoint.types import JSON, Origin
+from ds4convert.checkpoint.types import JSON, Provenance
 from ds4convert.errors import Ds4Error
 from ds4convert.storage import strict_json
 from ds4convert.storage.records import SourceFile
@@ -23,14 +23,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def of(checkpoint: Checkpoint) -> Origin | None:
+def of(checkpoint: Checkpoint) -> Provenance | None:
     """Return the repo, commit and digests of a checkpoint's shards; None where they are not known."""
     record = _record(checkpoint.path)
     if record is not None:
         rows = {str(r.get("source", r["name"])): str(r["etag"]) for r in record["files"]}
         names = {f.name for f in originals(checkpoint)}
         known = {n: e for n, e in rows.items() if n in names}
-        return Origin(record["repo"], record["revision"], known) if _agrees(checkpoint, record) else None
+        return Provenance(record["repo"], record["revision"], known) if _agrees(checkpoint, record) else None
     return _in_cache(checkpoint)
 
 
@@ -100,7 +100,7 @@ def _ranges(row: dict[str, Any]) -> bool:
     return all(isinstance(r, dict) and _typed(r, {"start": int, "bytes": int}) for r in row.get("ranges", []))
 
 
-def _in_cache(checkpoint: Checkpoint) -> Origin | None:
+def _in_cache(checkpoint: Checkpoint) -> Provenance | None:
     """Return what the paths of the client's cache tell: models--owner--name/snapshots/COMMIT, links to blobs/ETAG."""
     folder = Path(os.path.realpath(checkpoint.path))
     owner, _, name = folder.parent.parent.name.removeprefix("models--").partition("--")
@@ -110,4 +110,4 @@ def _in_cache(checkpoint: Checkpoint) -> Origin | None:
     if not _COMMIT.fullmatch(folder.name) or not _REPO.fullmatch(repo):
         return None
     links = {f.name: folder / f.name for f in checkpoint.files}
-    return Origin(repo, folder.name, {n: p.readlink().name for n, p in links.items() if p.is_symlink()})
+    return Provenance(repo, folder.name, {n: p.readlink().name for n, p in links.items() if p.is_symlink()})

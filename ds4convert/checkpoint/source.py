@@ -17,13 +17,13 @@ from ds4convert.checkpoint.headers import DTYPE_BYTES
 from ds4convert.checkpoint.inventory import Inventory, recognise
 from ds4convert.checkpoint.names import Named, Speller, is_known, name_tensors
 from ds4convert.checkpoint.published import foreign, heads
-from ds4convert.checkpoint.types import Origin, TensorInfo
+from ds4convert.checkpoint.types import Provenance, TensorInfo
 from ds4convert.errors import InputError, naming
 from ds4convert.storage.byte_source import ByteSource
 from ds4convert.storage.records import SourceFile
 
 if TYPE_CHECKING:
-    from ds4convert.checkpoint.tensors import Logical, View
+    from ds4convert.checkpoint.tensors import LogicalTensor, TensorView
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Source:
     checkpoint: Checkpoint
     inventory: Inventory
     named: Named
-    origin: Origin | None = None
+    origin: Provenance | None = None
 
     @property
     def bytes(self) -> ByteSource:
@@ -44,19 +44,19 @@ class Source:
         return self.checkpoint.bytes
 
     @property
-    def provenance(self) -> Origin | None:
+    def provenance(self) -> Provenance | None:
         """Return the repo and commit that it came from, None where that is not known."""
         return self.origin
 
     @cached_property
-    def view(self) -> View:
+    def view(self) -> TensorView:
         """Return the tensors by key, and what reads them; no module that lacks a tensor."""
         from ds4convert.checkpoint.tensors import source_view
 
         return source_view(self.checkpoint, self.inventory, self.named)
 
     @property
-    def tensors(self) -> Mapping[str, Logical]:
+    def tensors(self) -> Mapping[str, LogicalTensor]:
         """Return the tensors by key."""
         return self.view.tensors
 
@@ -81,7 +81,7 @@ def open_source(path: Path, head_alone: bool = False) -> Source:
     return recognised(checkpoint, provenance.of(checkpoint))
 
 
-def recognised(checkpoint: Checkpoint, origin: Origin | None = None) -> Source:
+def recognised(checkpoint: Checkpoint, origin: Provenance | None = None) -> Source:
     """Return a checkpoint whose headers have been read as a source: official names, kind of head, storage."""
     table = configs.parse_table(need_config(checkpoint))
     foreign.check_model(table, CONFIG_NAME)

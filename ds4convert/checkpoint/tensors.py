@@ -23,7 +23,7 @@ U8 = small_floats.U8
 
 
 @dataclass(frozen=True, slots=True)
-class Logical:
+class LogicalTensor:
     """One logical tensor: `matrices` slices (experts) of `[rows, cols]`, each found at one byte range.
 
     `store` is how values lie in those bytes: fp4 (also mxfp4), fp8 (tiles), mxfp8, another codec's name, or a plain
@@ -70,11 +70,11 @@ class Logical:
 
 
 @dataclass(frozen=True)
-class View:
+class TensorView:
     """All logical tensors of a folder by key, with what reads their bytes: files by number, as `ByteRange.file`."""
 
     kind: str
-    tensors: Mapping[str, Logical]
+    tensors: Mapping[str, LogicalTensor]
     names: tuple[str, ...]
     source: ByteSource
 
@@ -86,7 +86,7 @@ class View:
         return Numbered(Cached(self.source, extents(ranges, self.names)), self.names)
 
 
-def codes(view: Logical, reader: Numbered, matrix: int, first: int, rows: int) -> U8:
+def codes(view: LogicalTensor, reader: Numbered, matrix: int, first: int, rows: int) -> U8:
     """Return the stored codes of some rows of one slice, uint8 `[rows, row_bytes]`."""
     width = view.row_bytes()
     raw = reader.get(view.weight_at[matrix], first * width, rows * width)
@@ -106,7 +106,7 @@ class Grid:
         return all(a is b or (a is not None and b is not None and np.array_equal(a[rows], b[rows])) for a, b in pairs)
 
 
-def grid_of(view: Logical, reader: Numbered, matrix: int) -> Grid | None:
+def grid_of(view: LogicalTensor, reader: Numbered, matrix: int) -> Grid | None:
     """Return all scales (and biases) of one slice, `[scale rows, scale columns]`; None for a plain tensor."""
     if not view.scale_at:
         return None
@@ -122,7 +122,7 @@ def grid_of(view: Logical, reader: Numbered, matrix: int) -> Grid | None:
     return Grid(*read)
 
 
-def decode(view: Logical, packed: U8, grid: Grid | None, first: int) -> np.ndarray:
+def decode(view: LogicalTensor, packed: U8, grid: Grid | None, first: int) -> np.ndarray:
     """Return the values of some rows (from `first`) by codes and scales: float32, integers and F64 as they are."""
     if grid is not None:
         rows, codec = slice(first, first + packed.shape[0]), view.codec
@@ -147,7 +147,7 @@ _NUMBERS = {
 }  # fmt: skip
 
 
-def row_chunks(view: Logical) -> Iterator[tuple[int, int, int]]:
+def row_chunks(view: LogicalTensor) -> Iterator[tuple[int, int, int]]:
     """Yield (slice, first row, rows) in pieces whose float32 values take about 8 MB."""
     step = max(1, ROWS_BYTES // max(view.cols * 4, 1))
     for matrix in range(view.matrices):
@@ -161,9 +161,9 @@ def _geometry(module: Module) -> tuple[tuple[int, ...], int, int]:
     return shape, math.prod(module.shape) // cols, cols
 
 
-def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> View:
+def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> TensorView:
     """Return the logical tensors of a source; no module that lacks a tensor."""
-    out: dict[str, Logical] = {}
+    out: dict[str, LogicalTensor] = {}
     for module in inventory.modules:
         found = _source_ranges(module, named)
         if found is None:
@@ -172,11 +172,11 @@ def source_view(checkpoint: Checkpoint, inventory: Inventory, named: Named) -> V
         shape, rows, cols = _geometry(module)
         store = module.store if module.has_scale else info.dtype.lower()
         size = sum(r.size for r in (*weight, *scale))
-        out[key_of(module)] = Logical(
+        out[key_of(module)] = LogicalTensor(
             key_of(module), info.name, checkpoint.file_names[info.file], shape, rows, cols, store,
             weight, scale, module.tile, module.part, module.role, module.block, size, scale_dtype=module.scale_dtype,
         )  # fmt: skip
-    return View("source", out, checkpoint.file_names, checkpoint.bytes)
+    return TensorView("source", out, checkpoint.file_names, checkpoint.bytes)
 
 
 def _source_ranges(
@@ -211,23 +211,23 @@ def _fused_ranges(
     return out[0][0], out[1][0] if len(out) > 1 else (), out[0][1]
 
 
-def plain_view(checkpoint: Checkpoint) -> View:
+def plain_view(checkpoint: Checkpoint) -> TensorView:
     """Return every tensor of files that no family explains, each under its own name."""
     out = {t.name: _plain(t, checkpoint.file_names[t.file], 0) for t in checkpoint.tensors() if t.size}
-    return View("plain", out, checkpoint.file_names, checkpoint.bytes)
+    return TensorView("plain", out, checkpoint.file_names, checkpoint.bytes)
 
 
-def _plain(t: TensorInfo, file: str, shift: int) -> Logical:
+def _plain(t: TensorInfo, file: str, shift: int) -> LogicalTensor:
     """Return a tensor that nothing explains as a logical tensor of its own."""
     cols = t.shape[-1] if t.shape else 1
     rows = max(math.prod(t.shape) // cols, 1) if cols else 1
-    return Logical(
+    return LogicalTensor(
         t.name, t.name, file, t.shape, rows, t.size // rows // DTYPE_BYTES[t.dtype],
         t.dtype.lower(), (ByteRange(t.file + shift, t.start, t.size),), (), (1, 1), "", "", None, t.size,
     )  # fmt: skip
 
 
-def shifted(tensor: Logical, by: int) -> Logical:
+def shifted(tensor: LogicalTensor, by: int) -> LogicalTensor:
     """Return a logical tensor whose files are counted from `by`."""
     weight, scale, bias = (
         tuple(replace(r, file=r.file + by) for r in at) for at in (tensor.weight_at, tensor.scale_at, tensor.bias_at)

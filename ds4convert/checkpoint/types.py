@@ -38,7 +38,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Provenance:
     """A repo of the Hub at one commit; `digests` are the sha256 (or etags) that the Hub lists, by file name."""
 
     repo: str

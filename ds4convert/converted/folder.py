@@ -15,7 +15,7 @@ from ds4convert.checkpoint.config import ModelConfig, check_config, parse_config
 from ds4convert.checkpoint.family import Family, HeadKind, families
 from ds4convert.checkpoint.folder import CONFIG_NAME, Checkpoint, need_config, read_checkpoint
 from ds4convert.checkpoint.inventory import BACKBONE, HEAD, Inventory, Module, Storage, expand, key_of
-from ds4convert.checkpoint.tensors import Logical, View, _geometry, _plain
+from ds4convert.checkpoint.tensors import LogicalTensor, TensorView, _geometry, _plain
 from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, TensorInfo
 from ds4convert.converted import matching
 from ds4convert.errors import InputError
@@ -40,7 +40,7 @@ class MlxFolder:
     drafter: Checkpoint | None
     head_kind: str
     place: HeadPlace | None
-    view: View
+    view: TensorView
     findings: tuple[Finding, ...]
     spelling: Spelling = field(default_factory=Spelling)
 
@@ -103,7 +103,7 @@ def _match(
     inventory = expand(config, kind, stages, _DENSE)
     spelling = _find_spelling(inventory, own)
     pools = matching.Pools({"": own, DRAFTER: below}, tables, len(checkpoint.files), names, theirs, spelling)
-    out: dict[str, Logical] = {}
+    out: dict[str, LogicalTensor] = {}
     findings: list[Finding] = []
     taken: set[tuple[str, str]] = set()
     for module in inventory.modules:
@@ -115,7 +115,7 @@ def _match(
             if found:
                 out[found.key] = found
     findings += pools.rest(taken | _other_places(inventory, place))
-    view = View("mlx", out, tuple(names), _bytes(path, checkpoint, drafter))
+    view = TensorView("mlx", out, tuple(names), _bytes(path, checkpoint, drafter))
     return MlxFolder(path, config, table, checkpoint, drafter, kind, place, view, tuple(findings), spelling)
 
 
@@ -230,7 +230,7 @@ def _other_places(inventory: Inventory, chosen: HeadPlace | None) -> set[tuple[s
     return out
 
 
-def second_head(folder: MlxFolder) -> View | None:
+def second_head(folder: MlxFolder) -> TensorView | None:
     """Return the head's second copy in the drafter folder as a view, where the head also lies in the folder itself."""
     if folder.drafter is None or folder.place is None or folder.place.folder:
         return None
@@ -245,7 +245,7 @@ def second_head(folder: MlxFolder) -> View | None:
 
 def _mlx_logical(
     module: Module, at: matching.Place, shift: int, names: Sequence[str]
-) -> tuple[Logical | None, tuple[Finding, ...]]:
+) -> tuple[LogicalTensor | None, tuple[Finding, ...]]:
     """Return the logical tensor of a module in a converted folder, None where it does not fit, and what is unlike."""
     shape, rows, cols = _geometry(module)
     found = matching.match(module, shape, at)
@@ -255,7 +255,7 @@ def _mlx_logical(
     cut = _slicer(module.experts or 1, shift)
     scale, bias = found.scale, found.bias
     store = info.dtype.lower() if codec is None else {"mxfp4": "fp4"}.get(codec.name, codec.name)
-    made = Logical(
+    made = LogicalTensor(
         key_of(module), info.name, names[info.file + shift], shape, rows, cols, store, cut(info),
         cut(scale) if scale else (), module.tile, module.part, module.role, module.block,
         sum(t.size for t in (info, scale, bias) if t), cut(bias) if bias else (),
@@ -272,7 +272,9 @@ def _slicer(count: int, shift: int) -> Callable[[TensorInfo], tuple[ByteRange, .
     return cut
 
 
-def with_unexplained(view: View, checkpoint: Checkpoint, left: Callable[[TensorInfo], bool], shift: int = 0) -> View:
+def with_unexplained(
+    view: TensorView, checkpoint: Checkpoint, left: Callable[[TensorInfo], bool], shift: int = 0
+) -> TensorView:
     """Return a view that has the tensors of a checkpoint that are in none of its own, too, but for those `left` out.
 
     A tensor whose name is a key already (one that does not fit, of a weight that is elsewhere) is told by its file.

@@ -13,10 +13,10 @@ from ds4convert.checkpoint.folder import CONFIG_NAME, Checkpoint, is_mlx, read_c
 from ds4convert.checkpoint.headers import DTYPE_BYTES
 from ds4convert.checkpoint.inventory import HEAD, HEAD_GROUPS, Inventory, TensorSpec, compare, expected, group_of
 from ds4convert.checkpoint.source import Source
-from ds4convert.checkpoint.tensors import Logical
+from ds4convert.checkpoint.tensors import LogicalTensor
 from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, LeftOut, TensorInfo
-from ds4convert.converted import folder as logical
 from ds4convert.converted import grouping, names
+from ds4convert.converted.folder import MlxFolder, is_drafter
 from ds4convert.converted.grouping import Item
 from ds4convert.converted.modules import ConvertedModel
 from ds4convert.converted.open import PlainFiles, opened
@@ -114,7 +114,7 @@ def inspect(path: Path) -> Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Return the facts of a checkpoint whose headers have been read, wherever its tensors lie."""
     kind = names.stranger(checkpoint) if checkpoint.config is not None and is_mlx(checkpoint) else ""
-    if kind and not logical.is_drafter(checkpoint):
+    if kind and not is_drafter(checkpoint):
         return replace(_plain(checkpoint, f"This is {kind}"), family=_family(checkpoint), format="mlx")
     found = opened(checkpoint)
     if isinstance(found, PlainFiles):
@@ -215,7 +215,7 @@ def _their_names(opened: ConvertedModel) -> dict[str, str]:
     return {ours.name: theirs.name for theirs, ours in pairs}
 
 
-def _drafter(folder: logical.MlxFolder) -> Inspection:
+def _drafter(folder: MlxFolder) -> Inspection:
     """Return the facts of a head alone, as an mlx-vlm drafter."""
     whole = "" if folder.findings else ", complete"
     note = f"A head alone{whole} (an mlx-vlm drafter): `ds4convert graft MLX_DIR --from` it puts it into its backbone"
@@ -230,11 +230,11 @@ def _drafter(folder: logical.MlxFolder) -> Inspection:
     )
 
 
-def _count(tensor: Logical) -> int:
+def _count(tensor: LogicalTensor) -> int:
     return tensor.matrices * tensor.rows * tensor.cols
 
 
-def _mlx_rows(folder: logical.MlxFolder, theirs: Mapping[str, str]) -> Iterable[Row]:
+def _mlx_rows(folder: MlxFolder, theirs: Mapping[str, str]) -> Iterable[Row]:
     """Yield a row per stored tensor: weights and scales of a module share its group; a second copy of the head none.
 
     `theirs` has the names on disk by ours.

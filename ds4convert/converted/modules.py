@@ -18,12 +18,11 @@ from ds4convert.checkpoint.family import expert_stems
 from ds4convert.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, is_mlx, read_checkpoint, read_header
 from ds4convert.checkpoint.inventory import BACKBONE, HEAD, Inventory, Module, Storage, expand, key_of
 from ds4convert.checkpoint.published.findings import findings_error
-from ds4convert.checkpoint.tensors import Logical, View
-from ds4convert.checkpoint.types import DRAFTER, JSON, LeftOut, Origin
-from ds4convert.converted import folder as logical
+from ds4convert.checkpoint.tensors import LogicalTensor, TensorView
+from ds4convert.checkpoint.types import DRAFTER, JSON, LeftOut, Provenance
 from ds4convert.converted import manifest
 from ds4convert.converted import names as spelling
-from ds4convert.converted.folder import MlxFolder
+from ds4convert.converted.folder import MlxFolder, drafter_config, is_drafter, read_drafter, read_mlx
 from ds4convert.converted.records import Manifest, TensorRecord
 from ds4convert.errors import InputError
 from ds4convert.formats.codecs import WORD_BITS
@@ -71,7 +70,7 @@ class StoredModule:
 
 
 @dataclass(frozen=True)
-class Stored:
+class ConvertedModules:
     """A converted folder. `record` is its manifest; `inventory` has the config as the source had it.
 
     `files` are those of tensors, as `ByteRange.file` counts them: of the folder itself, then (named `mtp/...`) of its
@@ -151,7 +150,7 @@ Records = Mapping[tuple[str, str], TensorRecord | None]
 """What a manifest tells of tensors, by (file, name); None for one of a folder apart, whose head none tells of."""
 
 
-def read(path: Path, drafter: Path | Checkpoint | None = None, more: Records | None = None) -> Stored:
+def read(path: Path, drafter: Path | Checkpoint | None = None, more: Records | None = None) -> ConvertedModules:
     """Return the converted folder at `path`, whoever wrote it; `drafter` is the folder of its head, if that is apart.
 
     It may be given by its headers, in our spelling, and `more` is then what a manifest of its own tells of its tensors.
@@ -178,7 +177,7 @@ def read(path: Path, drafter: Path | Checkpoint | None = None, more: Records | N
     hashing = record is None or any(t.xxh3_128 for t in record.tensors)
     respelled = spelling.changed(found, checkpoint)
     digest = hashlib.sha256(found.config or b"").hexdigest()
-    return Stored(path, folder, record, inventory, modules, files, hashing, respelled, digest)
+    return ConvertedModules(path, folder, record, inventory, modules, files, hashing, respelled, digest)
 
 
 @dataclass(frozen=True)
@@ -201,12 +200,12 @@ class ConvertedModel:
         return self.folder.view.source
 
     @property
-    def view(self) -> View:
+    def view(self) -> TensorView:
         """Return the tensors by key, and what reads them."""
         return self.folder.view
 
     @property
-    def tensors(self) -> Mapping[str, Logical]:
+    def tensors(self) -> Mapping[str, LogicalTensor]:
         """Return the tensors by key."""
         return self.folder.view.tensors
 
@@ -220,7 +219,7 @@ class ConvertedModel:
         return replace(whole, modules=tuple(m for m in whole.modules if m.part == HEAD))
 
     @property
-    def provenance(self) -> Origin | None:
+    def provenance(self) -> Provenance | None:
         """Return the repo and commit that its source came from, None where no manifest tells."""
         return None if self.record is None else self.record.origin
 
@@ -235,7 +234,7 @@ def inventory_of(folder: MlxFolder) -> Inventory:
 def open_head(found: Checkpoint) -> ConvertedModel:
     """Return a drafter folder, read as a head alone."""
     headers = spelling.canonical(found)
-    return ConvertedModel(found, headers, None, logical.read_drafter(headers), is_head=True)
+    return ConvertedModel(found, headers, None, read_drafter(headers), is_head=True)
 
 
 def open_folder(path: Path, found: Checkpoint, drafter: Path | Checkpoint | None = None) -> ConvertedModel:
@@ -249,7 +248,7 @@ def open_folder(path: Path, found: Checkpoint, drafter: Path | Checkpoint | None
     state = path / STATE_FOLDER
     if record is None and any((state / n).exists() for n in (PLAN_NAME, COMMIT_NAME)):
         raise InputError(f"{path}: is unfinished", hint="repeat the command that wrote it, then this one")
-    if drafter is None and logical.is_drafter(found):
+    if drafter is None and is_drafter(found):
         raise InputError(f"{path}: is {why_no_model(found)}")
     if kind := spelling.stranger(found):
         raise InputError(f"{path}: is {kind}")
@@ -259,14 +258,14 @@ def open_folder(path: Path, found: Checkpoint, drafter: Path | Checkpoint | None
         raise InputError(f"{path}: is not a converted folder", hint="convert it first: ds4convert quantize SRC OUT")
     theirs = theirs or drafter is not None
     apart = drafter if isinstance(drafter, Checkpoint) else _drafter(path, drafter, theirs)
-    return ConvertedModel(found, checkpoint, record, logical.read_mlx(path, checkpoint, apart, theirs))
+    return ConvertedModel(found, checkpoint, record, read_mlx(path, checkpoint, apart, theirs))
 
 
 def why_no_model(checkpoint: Checkpoint) -> str:
     """Return why a folder without a manifest is not a converted model; "" where it is."""
     tensors = [t.name for t in checkpoint.tensors()]
     alone = bool(tensors) and all(n.startswith(head_stems_inside()) for n in tensors)
-    if logical.is_drafter(checkpoint) or (alone and checkpoint.config is not None):
+    if is_drafter(checkpoint) or (alone and checkpoint.config is not None):
         return (
             "a head alone, not a model; put it into the converted folder of its backbone: ds4convert graft MLX_DIR "
             "--from HEAD --out OUT"
@@ -325,12 +324,12 @@ def _drafter_stages(folder: MlxFolder, key: str) -> int:
     """Return the stages in the drafter folder's copy of the source's config; 0 where it has none."""
     if folder.drafter is None or folder.drafter.config is None:
         return 0
-    text = logical.drafter_config(folder.drafter).get("text_config")
+    text = drafter_config(folder.drafter).get("text_config")
     value = keys.get(text, key) if isinstance(text, dict) else None
     return value if type(value) is int else 0
 
 
-def _stored(module: Module, found: Logical, records: Records | None, files: Sequence[SourceFile]) -> StoredModule:
+def _stored(module: Module, found: LogicalTensor, records: Records | None, files: Sequence[SourceFile]) -> StoredModule:
     """Return a module with what is known of its tensors."""
     codec = found.codec
     stem = found.name.removesuffix(".weight") if module.is_module else found.name
@@ -415,7 +414,7 @@ def _loss(error: RoundingError | None) -> Loss | None:
     return None if error is None else Loss(float(error.relative_square), 1.0, float(error.max_abs))
 
 
-def small_files(stored: Stored) -> tuple[dict[str, str], dict[str, bytes], tuple[LeftOut, ...]]:
+def small_files(stored: ConvertedModules) -> tuple[dict[str, str], dict[str, bytes], tuple[LeftOut, ...]]:
     """Return (copies by sha256, texts by bytes, files left out): what stays beside tensors, config and index."""
     family = stored.inventory.config.family.name
     if stored.record is None:
@@ -438,7 +437,7 @@ def model_files() -> set[str]:
     return {y.model_file for y in layouts().values() if y.model_file}
 
 
-def checked_small(stored: Stored, name: str, sha256: str | None = None) -> bytes:
+def checked_small(stored: ConvertedModules, name: str, sha256: str | None = None) -> bytes:
     """Return a small file of the folder. Raises `InputError` when it is not what the manifest records."""
     data = read_small(stored.path, name)
     wanted = sha256 or stored.sha256(name)

@@ -15,10 +15,10 @@ from ds4convert.checkpoint.folder import Checkpoint, is_mlx, read_checkpoint
 from ds4convert.checkpoint.inventory import Inventory, compare
 from ds4convert.checkpoint.names import ignored_reason
 from ds4convert.checkpoint.source import Source, open_source, recognised
-from ds4convert.checkpoint.tensors import Logical, View, plain_view, shifted
-from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, Origin
-from ds4convert.converted import folder as logical
+from ds4convert.checkpoint.tensors import LogicalTensor, TensorView, plain_view, shifted
+from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, Provenance
 from ds4convert.converted import modules, settings
+from ds4convert.converted.folder import MlxFolder, is_drafter, second_head, with_unexplained
 from ds4convert.converted.modules import ConvertedModel
 from ds4convert.storage.byte_source import ByteSource
 
@@ -35,12 +35,12 @@ class PlainFiles:
         return self.checkpoint.bytes
 
     @property
-    def view(self) -> View:
+    def view(self) -> TensorView:
         """Return the tensors, each under its own name, and what reads them."""
         return plain_view(self.checkpoint)
 
     @property
-    def tensors(self) -> Mapping[str, Logical]:
+    def tensors(self) -> Mapping[str, LogicalTensor]:
         """Return the tensors, each under its own name."""
         return self.view.tensors
 
@@ -50,7 +50,7 @@ class PlainFiles:
         return
 
     @property
-    def provenance(self) -> Origin | None:
+    def provenance(self) -> Provenance | None:
         """Return the repo and commit that the files came from, None where that is not known."""
         return provenance.of(self.checkpoint)
 
@@ -68,14 +68,14 @@ def open_checkpoint(path: Path, head_alone: bool = False) -> OpenCheckpoint:
     return opened(read_checkpoint(path, head_alone=head_alone))
 
 
-def opened(checkpoint: Checkpoint, origin: Origin | None = None) -> OpenCheckpoint:
+def opened(checkpoint: Checkpoint, origin: Provenance | None = None) -> OpenCheckpoint:
     """Return what a checkpoint is whose headers have been read, wherever it is. Raises as `open_checkpoint`.
 
     `origin` is where it is known to come from; else a folder here may tell.
     """
     if checkpoint.config is None:
         return PlainFiles(checkpoint)
-    if logical.is_drafter(checkpoint):
+    if is_drafter(checkpoint):
         return modules.open_head(checkpoint)
     if is_mlx(checkpoint):
         return modules.open_folder(checkpoint.path, checkpoint)
@@ -89,12 +89,12 @@ class Comparable:
     `said` is None where there is no config. `second` is the second copy of a head that a layout stores twice.
     """
 
-    view: View
+    view: TensorView
     said: settings.Said | None = None
     findings: tuple[Finding, ...] = ()
-    second: View | None = None
+    second: TensorView | None = None
 
-    def beside(self, other: Comparable) -> View:
+    def beside(self, other: Comparable) -> TensorView:
         """Return the tensors to compare with another side's: a second copy of the head, where both have one, too."""
         if self.second is None or other.second is None:
             return self.view
@@ -125,10 +125,10 @@ def compared(found: OpenCheckpoint) -> Comparable:
         if found.is_head:
             return Comparable(found.view, said, found.folder.findings)
         view = _all_tensors(found.folder)
-        return Comparable(view, said, found.folder.findings, logical.second_head(found.folder))
+        return Comparable(view, said, found.folder.findings, second_head(found.folder))
     named, family = found.named.tensors, found.inventory.config.family
     ignored = {(t.file, t.start) for n, t in named.items() if ignored_reason(family, n)}
-    view = logical.with_unexplained(found.view, found.checkpoint, lambda t: (t.file, t.start) in ignored)
+    view = with_unexplained(found.view, found.checkpoint, lambda t: (t.file, t.start) in ignored)
     headless = not any(family.is_of_head(n) for n in named)
     said = settings.of_official(found.checkpoint, family, found.inventory.config.raw, headless)
     problems = compare(found.inventory, found.named, found.checkpoint.file_names)
@@ -153,14 +153,14 @@ def beside(a: Comparable, b: Comparable) -> JSON:
     }
 
 
-def _all_tensors(folder: logical.MlxFolder) -> View:
+def _all_tensors(folder: MlxFolder) -> TensorView:
     """Return the view of a converted folder with the tensors, too, that its config does not imply."""
     extra = {f.tensor for f in folder.findings}
-    view = logical.with_unexplained(folder.view, folder.checkpoint, lambda t: not _concerns(t.name, extra))
+    view = with_unexplained(folder.view, folder.checkpoint, lambda t: not _concerns(t.name, extra))
     if folder.drafter is None:
         return view
     shift = len(folder.checkpoint.files)
-    return logical.with_unexplained(view, folder.drafter, lambda t: not _concerns(t.name, extra), shift)
+    return with_unexplained(view, folder.drafter, lambda t: not _concerns(t.name, extra), shift)
 
 
 def _concerns(name: str, findings: set[str]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ds4convert.checkpoint.headers import DTYPE_BYTES
 from ds4convert.checkpoint.inventory import HEAD, group_of
-from ds4convert.checkpoint.types import JSON, LeftOut, Origin
+from ds4convert.checkpoint.types import JSON, LeftOut, Provenance
 from ds4convert.converted import grouping, rounding_losses
 from ds4convert.converted.grouping import Group, Item
 from ds4convert.converted.rounding_losses import LayerLoss, Matrix
@@ -238,12 +238,12 @@ class Manifest:
         return strict_json.pretty(table | {DIGEST: strict_json.digest(table)})
 
     @property
-    def origin(self) -> Origin | None:
+    def origin(self) -> Provenance | None:
         """Return where on the Hub the source came from; None where that is not known."""
         place = self.source
         if place.repo is None or place.revision is None:
             return None
-        return Origin(place.repo, place.revision, {f.name: f.sha256 for f in place.files if f.sha256 is not None})
+        return Provenance(place.repo, place.revision, {f.name: f.sha256 for f in place.files if f.sha256 is not None})
 
     def by_place(self) -> dict[tuple[str, str], TensorRecord]:
         """Return the tensors by (file, name)."""

@@ -12,9 +12,8 @@ from pathlib import Path
 from ds4convert.checkpoint.folder import Checkpoint, is_mlx, read_checkpoint
 from ds4convert.checkpoint.inventory import HEAD, Inventory
 from ds4convert.checkpoint.types import DRAFTER, JSON, Header
-from ds4convert.converted import folder as logical
 from ds4convert.converted import modules
-from ds4convert.converted.folder import MlxFolder
+from ds4convert.converted.folder import MlxFolder, drafter_place, is_drafter
 from ds4convert.errors import InputError
 from ds4convert.planning.recipes import head_roles
 from ds4convert.storage import strict_json
@@ -46,13 +45,13 @@ def is_one(path: Path) -> bool:
     if not path.is_dir():
         return False
     found = read_checkpoint(path, head_alone=True)
-    return logical.is_drafter(found) or is_mlx(found)
+    return is_drafter(found) or is_mlx(found)
 
 
 def read(path: Path) -> Donor:
     """Return the head of the folder at `path`. Raises `InputError` where it has none, or it is not whole."""
     checkpoint = read_checkpoint(path, head_alone=True)
-    if logical.is_drafter(checkpoint):
+    if is_drafter(checkpoint):
         found = modules.open_head(checkpoint)
         _check(path, found.folder)
         return Donor(path, found.checkpoint, found.inventory, {}, None, (), {})
@@ -90,7 +89,7 @@ def _as_drafter(folder: MlxFolder, inventory: Inventory) -> tuple[Checkpoint, di
     """Return the head that lies in a folder itself as the headers of a drafter folder, and its own names by theirs."""
     assert folder.place is not None
     here = folder.place
-    there = logical.drafter_place(folder.config.family, inventory.head_kind) or here
+    there = drafter_place(folder.config.family, inventory.head_kind) or here
     own = {t.name: t for t in folder.checkpoint.tensors()}
     table: JSON = {}
     tensors, names = [], {}

@@ -20,13 +20,13 @@ from ds4convert.checkpoint.inventory import compare as differences
 from ds4convert.checkpoint.names import Named, Speller, ignored_reason
 from ds4convert.checkpoint.published.findings import findings_error
 from ds4convert.checkpoint.source import Source
-from ds4convert.checkpoint.tensors import View
+from ds4convert.checkpoint.tensors import TensorView
 from ds4convert.checkpoint.types import JSON, LeftOut
-from ds4convert.converted import modules as stored
-from ds4convert.converted.modules import Stored, StoredModule
+from ds4convert.converted.modules import ConvertedModules, StoredModule, commonest, read, shaped
 from ds4convert.derive import derivation, requantize
-from ds4convert.derive.derivation import Assembly, Drawing, HeadFacts
+from ds4convert.derive.derivation import Derivation, HeadFacts
 from ds4convert.derive.donor import Donor
+from ds4convert.derive.plan_builder import PlanBuilder
 from ds4convert.errors import ConfigError, InputError, InventoryError, UsageError
 from ds4convert.execution import run as convert
 from ds4convert.execution.run import Outcome
@@ -58,7 +58,7 @@ class Request:
 class Graft:
     """A planned graft: what it makes, what was checked before, and what the user has to know."""
 
-    made: Assembly
+    made: Derivation
     source: Source
     checked: str
     warnings: tuple[str, ...]
@@ -70,7 +70,7 @@ def plan(path: Path, source: Source, request: Request, model_source: bytes) -> G
     Raises `InputError` where the folder has a head, the source has none or an incomplete one, the two do not belong
     together.
     """
-    base = stored.read(path)
+    base = read(path)
     _check_base(base)
     inventory = _check_head(source)
     warnings = _check_configs(base, inventory)
@@ -80,13 +80,13 @@ def plan(path: Path, source: Source, request: Request, model_source: bytes) -> G
         raise InputError(f"{other}; --force grafts it all the same")
     warnings += [f"{other}; grafted because of --force"] if other else []
     layout = _layout(base, request)
-    made = _assemble(base, source, inventory, request, layout, model_source)
+    made = _derived(base, source, inventory, request, layout, model_source)
     return Graft(made, source, checked, tuple(warnings))
 
 
 def plan_converted(path: Path, donor: Donor, request: Request, model_source: bytes) -> Graft:
     """Return the graft of a head that is converted already. It keeps its format; errors as in `plan`."""
-    base = stored.read(path)
+    base = read(path)
     _check_base(base)
     if request.mtp:
         raise UsageError(
@@ -98,20 +98,20 @@ def plan_converted(path: Path, donor: Donor, request: Request, model_source: byt
     if other and not request.force:
         raise InputError(f"{other}; --force grafts it all the same")
     warnings += [f"{other}; grafted because of --force"] if other else []
-    joined = _without_left_out(stored.read(path, donor.headers, donor.records))
+    joined = _without_left_out(read(path, donor.headers, donor.records))
     layout = _layout(base, request)
-    made = _assemble_converted(base, joined, donor, request, layout, model_source)
+    made = _derived_of_converted(base, joined, donor, request, layout, model_source)
     return Graft(made, Source(donor.headers, donor.inventory, Named({}, ())), checked, tuple(warnings))
 
 
-def _layout(base: Stored, request: Request) -> Layout:
+def _layout(base: ConvertedModules, request: Request) -> Layout:
     """Return the layout of the result, as it is for the folder's family: the one asked for, else the folder's own."""
     if request.layout is None:
         return derivation.layout_of_stored(base)
     return request.layout.wanted_of(base.inventory.config.family)
 
 
-def _without_left_out(joined: Stored) -> Stored:
+def _without_left_out(joined: ConvertedModules) -> ConvertedModules:
     """Return the folder with its head, whose tensors count no longer as left out."""
     if joined.record is None:
         return joined
@@ -119,35 +119,36 @@ def _without_left_out(joined: Stored) -> Stored:
     return dataclasses.replace(joined, record=dataclasses.replace(joined.record, left_out=left))
 
 
-def _assemble_converted(
-    base: Stored, joined: Stored, donor: Donor, request: Request, layout: Layout, model_source: bytes
-) -> Assembly:
+def _derived_of_converted(
+    base: ConvertedModules,
+    joined: ConvertedModules,
+    donor: Donor,
+    request: Request,
+    layout: Layout,
+    model_source: bytes,
+) -> Derivation:
     places = layout.places(base.inventory.config.family, donor.inventory.head_kind, donor.inventory.stages)
-    drawing, head = Drawing(), joined.of(HEAD)
-    if derivation.can_keep(joined, layout):
-        drawing.keep(joined, joined.of(BACKBONE))
-    else:
-        backbone = [stored.shaped(m, layout) for m in joined.of(BACKBONE)]
-        drawing.move(backbone, layout.backbone, request.max_shard_bytes, layout)
+    builder, head = PlanBuilder(), joined.of(HEAD)
+    builder.backbone(joined, layout, request.max_shard_bytes)
     for place in places:
-        drawing.move(head, place, request.max_shard_bytes, layout)
+        builder.move(head, place, request.max_shard_bytes, layout)
     config = dataclasses.replace(donor.inventory.config, raw=_with_stages(base, donor.inventory))
     known = base.sources()
     facts = HeadFacts(
         donor.inventory.head_kind,
         dataclasses.replace(donor.inventory, config=config),
-        {HEAD: stored.commonest(m.encoding.label for m in head if m.module.may_quantize)} | dict(donor.formats),
+        {HEAD: commonest(m.encoding.label for m in head if m.module.may_quantize)} | dict(donor.formats),
         (*known, *(f for f in donor.sources if f not in known)),
     )
-    modules = [requantize.encoded(stored.shaped(m, layout), layout) for m in joined.modules]
-    account = derivation.account_of(joined, drawing, layout, model_source, places, modules, facts)
-    return derivation.assemble(joined, drawing, account)
+    modules = [requantize.encoded(shaped(m, layout), layout) for m in joined.modules]
+    result = derivation.result_plan_of(joined, builder, layout, model_source, places, modules, facts)
+    return derivation.derive(joined, builder, result)
 
 
 def already(path: Path, source: Source, request: Request) -> bool:
     """Return whether the folder has this very head, as a graft with these options would have put it in."""
     try:
-        base = stored.read(path)
+        base = read(path)
         if base.record is None or base.folder.head_kind != source.inventory.head_kind:
             return False
         asked: list[tuple[str | None, str | None]] = [
@@ -161,7 +162,7 @@ def already(path: Path, source: Source, request: Request) -> bool:
         return False
 
 
-def _same_head(base: Stored, source: Source) -> bool:
+def _same_head(base: ConvertedModules, source: Source) -> bool:
     """Return whether the head's norms and router tensors are those of the source: headers do not tell of values."""
     wanted = source.view
     chosen = [
@@ -175,7 +176,7 @@ def _same_head(base: Stored, source: Source) -> bool:
     return all(d.status == "same" or d.relative_square <= ROUNDED**2 for *_, d in pairs)
 
 
-def _check_base(base: Stored) -> None:
+def _check_base(base: ConvertedModules) -> None:
     if base.has_head:
         raise InputError(
             f"{base.path}: has a {base.folder.head_kind} head already",
@@ -205,7 +206,7 @@ def _check_head(source: Source) -> Inventory:
     return inventory
 
 
-def _check_configs(base: Stored, inventory: Inventory) -> list[str]:
+def _check_configs(base: ConvertedModules, inventory: Inventory) -> list[str]:
     """Return warnings on keys that differ. Raises `ConfigError` where the two are not of one shape."""
     ours, theirs = base.inventory.config, inventory.config
     keys, marks = ours.family.config_keys, ours.family.marks
@@ -243,7 +244,7 @@ def _check_configs(base: Stored, inventory: Inventory) -> list[str]:
     return [f"config.json differs from the source's in {', '.join(other)}; the folder's is kept"] if other else []
 
 
-def _dropped_kind(base: Stored) -> str:
+def _dropped_kind(base: ConvertedModules) -> str:
     """Return the kind of head that the folder's source had, where its keys went with it: by the tensors left out."""
     family = base.inventory.config.family
     names = {Speller(family).official(x.tensor) for x in base.left_out}
@@ -252,7 +253,7 @@ def _dropped_kind(base: Stored) -> str:
     return next((h.name for h in heads if all(first + s in names for s in h.signature)), "none")
 
 
-def _is_of_head(base: Stored, name: str) -> bool:
+def _is_of_head(base: ConvertedModules, name: str) -> bool:
     """Return whether a name of the source, as found there, is of a tensor of the head."""
     family = base.inventory.config.family
     return family.is_of_head(Speller(family).official(name))
@@ -265,7 +266,7 @@ _HOST_KEYS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "
 _NO_BACKBONE = "family, dims and layers by config; the source has no backbone whose values could be compared"
 
 
-def _check_values(base: Stored, wanted: View) -> tuple[str, str]:
+def _check_values(base: ConvertedModules, wanted: TensorView) -> tuple[str, str]:
     """Return (what was compared of the source's view, what is wrong with it or "")."""
     layers = base.inventory.config.layers
     some = {None, 0, layers // 2, layers - 1}
@@ -288,13 +289,13 @@ def _check_values(base: Stored, wanted: View) -> tuple[str, str]:
     return f"family, dims and layers by config; values of {len(chosen)} norms and router tensors", ""
 
 
-def _only(view: View, keys: Iterable[str]) -> View:
+def _only(view: TensorView, keys: Iterable[str]) -> TensorView:
     return dataclasses.replace(view, tensors={k: view.tensors[k] for k in keys})
 
 
-def _assemble(
-    base: Stored, source: Source, inventory: Inventory, request: Request, layout: Layout, model_source: bytes
-) -> Assembly:
+def _derived(
+    base: ConvertedModules, source: Source, inventory: Inventory, request: Request, layout: Layout, model_source: bytes
+) -> Derivation:
     base = _with_sources(base, source)
     formats = base.formats
     head_format = request.mtp or formats.get(HEAD, "native")
@@ -303,14 +304,10 @@ def _assemble(
     options = build.Options(recipe.bound(layout.formats), layout, rounding=_rounding(base), hashing=base.hashing)
     encoded = build.encode(inventory, options)
     places = layout.places(inventory.config.family, inventory.head_kind, inventory.stages)
-    drawing = Drawing()
-    if derivation.can_keep(base, layout):
-        drawing.keep(base, base.of(BACKBONE))
-    else:
-        backbone = [stored.shaped(m, layout) for m in base.of(BACKBONE)]
-        drawing.move(backbone, layout.backbone, request.max_shard_bytes, layout)
+    builder = PlanBuilder()
+    builder.backbone(base, layout, request.max_shard_bytes)
     for place in places:
-        drawing.lay_out(partial(build.step_of, source.named, options), encoded, place, request.max_shard_bytes)
+        builder.lay_out(partial(build.step_of, source.named, options), encoded, place, request.max_shard_bytes)
     raw = _with_stages(base, inventory)
     config = dataclasses.replace(inventory.config, raw=raw)
     facts = HeadFacts(
@@ -322,12 +319,12 @@ def _assemble(
         source.origin,
         config_sha256(source.checkpoint),
     )
-    kept = [requantize.encoded(stored.shaped(m, layout), layout) for m in base.of(BACKBONE)]
-    account = derivation.account_of(base, drawing, layout, model_source, places, kept + encoded, facts)
-    return derivation.assemble(base, drawing, account, source.checkpoint)
+    kept = [requantize.encoded(shaped(m, layout), layout) for m in base.of(BACKBONE)]
+    result = derivation.result_plan_of(base, builder, layout, model_source, places, kept + encoded, facts)
+    return derivation.derive(base, builder, result, source.checkpoint)
 
 
-def _with_sources(base: Stored, source: Source) -> Stored:
+def _with_sources(base: ConvertedModules, source: Source) -> ConvertedModules:
     """Return the folder with the names of the source's tensors, where no manifest tells what its own came from.
 
     What rounding cost the program that wrote it stays unknown.
@@ -352,13 +349,13 @@ def _with_sources(base: Stored, source: Source) -> Stored:
     return dataclasses.replace(base, modules=tuple(known(m) for m in base.modules))
 
 
-def _rounding(base: Stored) -> str:
+def _rounding(base: ConvertedModules) -> str:
     """Return how the folder's tensors were rounded: as recorded, else the best way."""
     found = {p.part.params.get("rounding") for m in base.modules for p in m.parts} - {None}
     return str(found.pop()) if len(found) == 1 else "optimal"
 
 
-def _with_stages(base: Stored, inventory: Inventory) -> JSON:
+def _with_stages(base: ConvertedModules, inventory: Inventory) -> JSON:
     """Return the folder's config with what the source's says of the head: stages, their ratios, the head's own keys."""
     family, theirs = inventory.config.family, inventory.config.flat
     stages, ratios = family.config_keys["stages"], family.config_keys.get("ratios", "")
@@ -370,7 +367,7 @@ def _with_stages(base: Stored, inventory: Inventory) -> JSON:
     return family.unflat(ordered)
 
 
-def _sources(base: Stored, source: Source) -> tuple[SourceFile, ...]:
+def _sources(base: ConvertedModules, source: Source) -> tuple[SourceFile, ...]:
     """Return the source files of the result: the folder's, and those of the head that are not among them."""
     known = base.sources()
     return (*known, *(f for f in provenance.originals(source.checkpoint) if f not in known))
@@ -383,9 +380,9 @@ def _ignored(source: Source) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, why) for name, why in named.items() if why)
 
 
-def work(made: Assembly, in_place: bool) -> int:
+def work(made: Derivation, in_place: bool) -> int:
     """Return about how many bytes a run writes and checks, for a progress bar."""
-    return sum(f.size for f in (made.work if in_place else made.account).files)
+    return sum(f.size for f in (made.write_plan if in_place else made.result_plan).files)
 
 
 def run(
@@ -398,6 +395,6 @@ def run(
 ) -> Outcome:
     """Write the folder `out`, resuming what an earlier run left there. Errors as in `convert.run`."""
     made = graft.made
-    ending = derivation.ending(made, out, (made.base.path, graft.source.checkpoint.path), progress)
+    ending = derivation.completion(made, out, (made.base.path, graft.source.checkpoint.path), progress)
     way = convert.Way(jobs, overwrite, progress, disk or Disk())
-    return convert.run(graft.source.reading(made.bytes), made.work, out, way, ending)
+    return convert.run(graft.source.reading(made.bytes), made.write_plan, out, way, ending)

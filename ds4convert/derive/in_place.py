@@ -30,8 +30,9 @@ from ds4convert.converted import manifest, modules
 from ds4convert.converted.manifest import MANIFEST_NAME
 from ds4convert.converted.modules import COMMIT_NAME, NEW_FOLDER
 from ds4convert.derive import derivation
-from ds4convert.derive.derivation import Assembly
+from ds4convert.derive.derivation import Derivation
 from ds4convert.derive.graft import Graft
+from ds4convert.derive.plan_builder import can_keep
 from ds4convert.errors import InputError, OutputError
 from ds4convert.execution import file_writer, journal, run
 from ds4convert.execution.completion import Aside
@@ -113,15 +114,15 @@ def graft(graft: Graft, jobs: int = 2, overwrite: bool = False, progress: Progre
           disk: Disk | None = None) -> Changed:  # fmt: skip
     """Put the head into the folder itself. `overwrite` starts over what an earlier run left with other settings."""
     made, disk = graft.made, disk or Disk()
-    layout = layout_for(made.account.layout, made.account.family)
-    if not derivation.can_keep(made.base, layout):
+    layout = layout_for(made.result_plan.layout, made.result_plan.family)
+    if not can_keep(made.base, layout):
         raise InputError(
             f"{made.base.path}: its files are spelled as another program or layout does it, so they cannot stay "
             "as they are; --out DIR writes the folder anew"
         )
     run.check_places(graft.source.checkpoint.path, made.base.path)
     old = _small_files(made)
-    new = {f.name for f in made.work.files} | set(made.account.texts)
+    new = {f.name for f in made.write_plan.files} | set(made.result_plan.texts)
     undo = {} if _reversible(made) else _undo(made, old, new)
     removed = tuple(sorted(n for n in old if n not in new and n != MANIFEST_NAME))
     return _change(made, graft.source, undo, removed, GRAFTED, run.Way(jobs, overwrite, progress, disk))
@@ -140,11 +141,12 @@ def remove(folder: Path, model_source: bytes, disk: Disk | None = None) -> Chang
     source = Source(base.folder.checkpoint, base.inventory, Named({}, ()))
     if (folder / UNDO_FOLDER / UNDO_NAME).exists():
         return _restore(folder, disk)
-    if base.record is None or not derivation.can_keep(base, derivation.layout_of_stored(base)):
+    if base.record is None or not can_keep(base, derivation.layout_of_stored(base)):
         raise InputError(f"{folder}: was not written by ds4convert, which does not know what it was without a head")
     made = derivation.without_head(base, model_source)
-    kept = {f.name for f in made.account.files}
-    gone = {f.name for f in base.files} - kept | (set(_small_files(made)) - set(made.account.texts) - {MANIFEST_NAME})
+    kept = {f.name for f in made.result_plan.files}
+    small = set(_small_files(made)) - set(made.result_plan.texts) - {MANIFEST_NAME}
+    gone = {f.name for f in base.files} - kept | small
     removed = (*sorted(gone), *([DRAFTER] if base.folder.drafter else []))
     return _change(made, source, {}, removed, REMOVED, run.Way(disk=disk))
 
@@ -172,33 +174,33 @@ def _state(folder: Path) -> Path:
     return state
 
 
-def _small_files(made: Assembly) -> dict[str, bytes]:
+def _small_files(made: Derivation) -> dict[str, bytes]:
     """Return the small files that the folder has now and that a change may replace or remove."""
     base = made.base
-    names = {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, *made.account.texts, *modules.model_files()}
+    names = {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, *made.result_plan.texts, *modules.model_files()}
     names |= {f"{DRAFTER}/{CONFIG_NAME}", f"{DRAFTER}/{INDEX_NAME}"} if base.folder.drafter else set()
     return {n: read_small(base.path, n) for n in sorted(names) if (base.path / n).is_file()}
 
 
-def _reversible(made: Assembly) -> bool:
+def _reversible(made: Derivation) -> bool:
     """Return whether `without_head` of the grafted folder is the folder as it is now, to the byte."""
-    base, account = made.base, made.account
+    base, result = made.base, made.result_plan
     if base.record is None or base.layout is None:
         return False
-    model = account.texts.get(base.layout.model_file, b"")
-    if account.layout != base.layout.name or account.formats != base.formats or account.sources != base.sources():
+    model = result.texts.get(base.layout.model_file, b"")
+    if result.layout != base.layout.name or result.formats != base.formats or result.sources != base.sources():
         return False
     again = derivation.without_head(base, model)
-    heads = {n for s in account.steps if s.part == HEAD for names in s.sources for n in names}
-    told = {x.tensor: x.why for x in account.left_out} | dict.fromkeys(heads, derivation.DROPPED)
+    heads = {n for s in result.steps if s.part == HEAD for names in s.sources for n in names}
+    told = {x.tensor: x.why for x in result.left_out} | dict.fromkeys(heads, derivation.DROPPED)
     if told != {x.tensor: x.why for x in base.left_out}:
         return False
-    hashes = {n: base.sha256(f.name) for n, f in enumerate(again.account.files)}
-    texts = dict(again.account.texts) | {MANIFEST_NAME: manifest.build(again.account, again.recorded, hashes)}
+    hashes = {n: base.sha256(f.name) for n, f in enumerate(again.result_plan.files)}
+    texts = dict(again.result_plan.texts) | {MANIFEST_NAME: manifest.build(again.result_plan, again.recorded, hashes)}
     return texts == _small_files(again)
 
 
-def _undo(made: Assembly, old: dict[str, bytes], new: set[str]) -> dict[str, bytes]:
+def _undo(made: Derivation, old: dict[str, bytes], new: set[str]) -> dict[str, bytes]:
     """Return the files of the undo folder, by name in the folder."""
     digests = {n: hashlib.sha256(data).hexdigest() for n, data in old.items()}
     undo = Undo(tuple(sorted(old)), tuple(sorted(n for n in new if n not in old)), digests)
@@ -266,12 +268,12 @@ def _in_order(names: list[str]) -> list[str]:
 
 
 def _change(
-    made: Assembly, source: Source, undo: dict[str, bytes], removed: tuple[str, ...], kind: str, way: run.Way
+    made: Derivation, source: Source, undo: dict[str, bytes], removed: tuple[str, ...], kind: str, way: run.Way
 ) -> Changed:
     """Make the new files aside, then move them in."""
     folder, disk = made.base.path, way.disk
     state = _state(folder)
-    for name in (*undo, *(f.name for f in made.work.files), *made.account.texts, *removed):
+    for name in (*undo, *(f.name for f in made.write_plan.files), *made.result_plan.texts, *removed):
         _inside(folder, name)
     with disk_errors("writing", folder):
         disk.make_folder(state)
@@ -279,35 +281,35 @@ def _change(
     try:
         new = state / NEW_FOLDER
         ending = _aside(made, undo, way.progress)
-        if way.overwrite and new.is_dir() and not journal.is_of(new / STATE_FOLDER, made.work):
+        if way.overwrite and new.is_dir() and not journal.is_of(new / STATE_FOLDER, made.write_plan):
             with disk_errors("clearing", new):
                 disk.remove(new)  # all in it is of an earlier run
-        outcome = run.run(source.reading(made.bytes), made.work, new, way, ending)
+        outcome = run.run(source.reading(made.bytes), made.write_plan, new, way, ending)
         names = [*ending.sizes, *ending.small]
         with disk_errors("writing", folder):
             _write_commit(state, _in_order(names), list(removed), kind, disk)
             _commit(folder, disk)
     finally:
         lock.release()
-    return Changed(tuple(f.name for f in made.work.files), removed, outcome.resumed)
+    return Changed(tuple(f.name for f in made.write_plan.files), removed, outcome.resumed)
 
 
-def _aside(made: Assembly, undo: dict[str, bytes], progress: Progress) -> Aside:
+def _aside(made: Derivation, undo: dict[str, bytes], progress: Progress) -> Aside:
     """Return how a run ends whose kept files lie in the folder itself."""
 
     def account(out: Path, written: file_writer.Result, disk: Disk) -> file_writer.Result:
-        known, hashes = derivation.merged(made, written), derivation.new_hashes(made, written)
+        known, hashes = derivation.step_results(made, written), derivation.new_hashes(made, written)
         for n in made.kept:
-            recorded = derivation.Seen(made.base.sha256(made.account.files[n].name), {})
+            recorded = derivation.FileDigests(made.base.sha256(made.result_plan.files[n].name), {})
             with closing(made.base.bytes) as files:
                 is_known = made.base.record is not None
                 seen = recorded if is_known else derivation.check_kept(made, n, files, progress)
-            derivation.absorb(made, n, seen, known, hashes)
+            derivation.fill_in(made, n, seen, known, hashes)
         return file_writer.Result(known, hashes)
 
     carried = partial(modules.checked_small, made.base)
-    sizes = {f.name: f.size for f in made.work.files}
-    return Aside(made.account, carried, account=account, written=sizes, extra=undo)
+    sizes = {f.name: f.size for f in made.write_plan.files}
+    return Aside(made.result_plan, carried, account=account, written=sizes, extra=undo)
 
 
 def _write_commit(state: Path, place: list[str], remove: list[str], kind: str, disk: Disk) -> None:
@@ -324,8 +326,8 @@ def _commit(folder: Path, disk: Disk) -> Commit:
     place, remove = _names(begun.place, where), _names(begun.remove, where)
     new = state / NEW_FOLDER
     with disk_errors("writing", folder):
-        account = new / MANIFEST_NAME
-        if account.exists() or any((new / n).exists() for n in place):
+        manifest_file = new / MANIFEST_NAME
+        if manifest_file.exists() or any((new / n).exists() for n in place):
             disk.remove(folder / MANIFEST_NAME)
             disk.sync_folder(folder)
         for name in place:
@@ -337,8 +339,8 @@ def _commit(folder: Path, disk: Disk) -> Commit:
         for name in remove:
             disk.remove(_inside(folder, name))
         disk.sync_folder(folder)
-        if account.exists():
-            disk.rename(account, folder / MANIFEST_NAME)
+        if manifest_file.exists():
+            disk.rename(manifest_file, folder / MANIFEST_NAME)
         _tidy(folder, disk)
     return begun
 

@@ -17,7 +17,7 @@ from ds4convert.checkpoint.names import Named
 from ds4convert.checkpoint.source import Source
 from ds4convert.checkpoint.types import LeftOut
 from ds4convert.converted import modules
-from ds4convert.converted.modules import Stored, StoredModule
+from ds4convert.converted.modules import ConvertedModules, StoredModule
 from ds4convert.errors import InputError
 from ds4convert.execution.completion import Completion
 from ds4convert.planning import build, config_files
@@ -37,26 +37,26 @@ class Again:
     """A plan whose source is a converted folder, and what `convert.run` needs to carry it out."""
 
     plan: Plan
-    base: Stored
+    base: ConvertedModules
 
     @property
     def source(self) -> Source:
         """Return the folder as `convert.run` takes it."""
         return Source(self.base.folder.checkpoint, self.base.inventory, Named({}, ())).reading(self.base.bytes)
 
-    def ending(self) -> Completion:
+    def completion(self) -> Completion:
         """Return how a run ends: the folder's small files may not have changed on the way."""
         base = self.base
         apart = tuple(dict.fromkeys((base.path, *(folder for folder, _ in base.bytes.places.values()))))
         return Completion(self.plan, partial(modules.checked_small, base), apart)
 
 
-def opened(path: Path) -> Stored:
+def opened(path: Path) -> ConvertedModules:
     """Return the converted folder at `path`. Raises `InputError` where it is none, or is not whole."""
     return modules.read(path)
 
 
-def plan(base: Stored, options: build.Options) -> Again:
+def plan(base: ConvertedModules, options: build.Options) -> Again:
     """Return the plan for converting a converted folder again.
 
     Raises `InputError` where it has a part that the wished format cannot hold.
@@ -95,7 +95,7 @@ def plan(base: Stored, options: build.Options) -> Again:
     return Again(build.signed(made), base)
 
 
-def chain(base: Stored) -> tuple[Link, ...]:
+def chain(base: ConvertedModules) -> tuple[Link, ...]:
     """Return what is known of how the folder came about, the first conversion first."""
     record = base.record
     if record is None:
@@ -105,7 +105,7 @@ def chain(base: Stored) -> tuple[Link, ...]:
     return (*record.chain, link)
 
 
-def _dropped(base: Stored) -> Iterator[LeftOut]:
+def _dropped(base: ConvertedModules) -> Iterator[LeftOut]:
     for module in base.of(HEAD):
         for part in module.parts:
             for name in part.names:

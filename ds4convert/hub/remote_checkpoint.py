@@ -11,7 +11,7 @@ from pathlib import Path
 from ds4convert.checkpoint import headers
 from ds4convert.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint
 from ds4convert.checkpoint.source import Source, recognised
-from ds4convert.checkpoint.types import Origin
+from ds4convert.checkpoint.types import Provenance
 from ds4convert.errors import Ds4Error, EnvironmentFault, HeaderError, InputError
 from ds4convert.execution.threads import each
 from ds4convert.files import Disk, disk_errors
@@ -86,9 +86,9 @@ def _read_again(repo: Repo) -> RemoteFiles:
     return RemoteFiles(repo, _cache(repo))
 
 
-def origin(repo: Repo) -> Origin:
+def origin(repo: Repo) -> Provenance:
     """Return where the files of a repo come from."""
-    return Origin(repo.name, repo.commit, {f.name: f.sha256 or f.etag for f in repo.shards()})
+    return Provenance(repo.name, repo.commit, {f.name: f.sha256 or f.etag for f in repo.shards()})
 
 
 def source(repo: Repo, jobs: int = 8) -> Source:

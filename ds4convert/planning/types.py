@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds4convert.checkpoint.types import JSON, LeftOut, Origin
+from ds4convert.checkpoint.types import JSON, LeftOut, Provenance
 from ds4convert.storage.records import ByteRange, SourceFile
 
 
@@ -191,5 +191,5 @@ class Plan:
     files_left_out: tuple[LeftOut, ...]
     quantization: Mapping[str, Any] = field(default_factory=dict)
     chain: tuple[Link, ...] = ()
-    origin: Origin | None = None
+    origin: Provenance | None = None
     config_sha256: str = ""

@@ -14,9 +14,9 @@ from ds4convert.checkpoint.folder import read_checkpoint
 from ds4convert.checkpoint.inventory import Inventory
 from ds4convert.checkpoint.names import Speller
 from ds4convert.checkpoint.source import Source, open_source
-from ds4convert.checkpoint.tensors import Logical, View
-from ds4convert.converted import folder as logical
+from ds4convert.checkpoint.tensors import LogicalTensor, TensorView
 from ds4convert.converted import manifest, modules, settings
+from ds4convert.converted.folder import MlxFolder, second_head
 from ds4convert.converted.modules import ConvertedModel
 from ds4convert.converted.open import open_checkpoint
 from ds4convert.converted.records import Manifest, TensorRecord
@@ -74,7 +74,7 @@ def against_source(
     return checks
 
 
-def _files_of(views: Sequence[tuple[str, View]], part: Part) -> frozenset[str]:
+def _files_of(views: Sequence[tuple[str, TensorView]], part: Part) -> frozenset[str]:
     """Return the files that a part compares, by the bytes of the tensors in each."""
     sizes: dict[str, int] = {}
     for _, view in views:
@@ -83,7 +83,7 @@ def _files_of(views: Sequence[tuple[str, View]], part: Part) -> frozenset[str]:
     return names_of(sizes, part)
 
 
-def _not_in_others(wanted: View, views: Sequence[tuple[str, View]], mine: frozenset[str]) -> View:
+def _not_in_others(wanted: TensorView, views: Sequence[tuple[str, TensorView]], mine: frozenset[str]) -> TensorView:
     """Return the source's tensors but for those that the folder has in files of other parts alone."""
     files: dict[str, set[str]] = {}
     for _, view in views:
@@ -92,12 +92,12 @@ def _not_in_others(wanted: View, views: Sequence[tuple[str, View]], mine: frozen
     return _kept(wanted, lambda t: t.key not in files or bool(files[t.key] & mine))
 
 
-def _kept(view: View, wanted: Callable[[Logical], bool]) -> View:
+def _kept(view: TensorView, wanted: Callable[[LogicalTensor], bool]) -> TensorView:
     return dataclasses.replace(view, tensors={k: t for k, t in view.tensors.items() if wanted(t)})
 
 
 def _compared_values(
-    folder: logical.MlxFolder, wanted: View, views: Sequence[tuple[str, View]], losses: Losses,
+    folder: MlxFolder, wanted: TensorView, views: Sequence[tuple[str, TensorView]], losses: Losses,
     again: Again, jobs: int, progress: Progress,
 ) -> list[Check]:  # fmt: skip
     checks = []
@@ -116,7 +116,7 @@ class Opened:
 
     files: Sequence[SourceFile]
     tensors: Sequence[str]
-    view: View
+    view: TensorView
     said: Said
     inventory: Inventory
 
@@ -151,14 +151,14 @@ def _losses(record: Manifest | None) -> Losses:
     return {place: t for place, t in record.by_place().items() if t.error is not None} if record else {}
 
 
-def _views(folder: logical.MlxFolder) -> list[tuple[str, View]]:
+def _views(folder: MlxFolder) -> list[tuple[str, TensorView]]:
     """Return the folder's tensors, and those of a second copy of the head, each under the name of its check."""
     out = [("", folder.view)]
-    second = logical.second_head(folder)
+    second = second_head(folder)
     return out + ([(" of the head in mtp/", second)] if second else [])
 
 
-def _without_head(view: View) -> View:
+def _without_head(view: TensorView) -> TensorView:
     kept = {k: t for k, t in view.tensors.items() if t.part != inventories.HEAD}
     return dataclasses.replace(view, tensors=kept)
 
@@ -226,7 +226,7 @@ class _Values:
     by_text: int = 0
     worst: float = 0.0
 
-    def add(self, key: str, a: Logical | None, b: Logical | None, d: compare.Difference) -> None:
+    def add(self, key: str, a: LogicalTensor | None, b: LogicalTensor | None, d: compare.Difference) -> None:
         """Take in the comparison of one tensor."""
         record = self.losses.get((b.file, b.name)) if b is not None else None
         if b is not None and d.repeated is not None:
@@ -297,7 +297,9 @@ class _Values:
         return _some(self.problems, text)
 
 
-def _values(wanted: View, found: View, losses: Losses, again: Again, jobs: int, progress: Progress) -> tuple[bool, str]:
+def _values(
+    wanted: TensorView, found: TensorView, losses: Losses, again: Again, jobs: int, progress: Progress
+) -> tuple[bool, str]:
     told = _Values({k: r for k, r in losses.items() if k in {(t.file, t.name) for t in found.tensors.values()}}, again)
     for compared in compare.compare_views(wanted, found, jobs, progress, again):
         told.add(*compared)
@@ -314,7 +316,7 @@ def _as_recorded(d: compare.Difference, loss: RoundingError) -> bool:
     return all(math.isclose(a, b, rel_tol=RECORDED_WITHIN) for a, b in pairs)
 
 
-def _correctly_rounded(a: Logical | None, b: Logical | None, d: compare.Difference) -> bool:
+def _correctly_rounded(a: LogicalTensor | None, b: LogicalTensor | None, d: compare.Difference) -> bool:
     """Return whether all of a difference is BF16's rounding of values that BF16 does not have (deep subnormals)."""
     if a is None or b is None or a.store not in {"fp8", "fp4"} or b.store != "bf16" or d.status != "value":
         return False

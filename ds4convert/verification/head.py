@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds4convert.converted import folder as logical
+from ds4convert.converted.folder import read_mlx
 from ds4convert.errors import Ds4Error
 from ds4convert.verification import verdict
 from ds4convert.verification.facts import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def _head_problems(folder: Path) -> list[str]:
     """Return what is wrong with the head's tensors, or nothing where the backbone's are wrong too."""
     try:
-        found = logical.read_mlx(folder).findings
+        found = read_mlx(folder).findings
     except Ds4Error:
         return []
     own = [str(f) for f in found if f.tensor.startswith(("mtp.", "model.mtp."))]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ds4convert.checkpoint.compare import SAME_CODES, Difference, Repeated
 from ds4convert.checkpoint.inventory import Inventory
-from ds4convert.checkpoint.tensors import Grid, Logical, View, codes, decode, grid_of
+from ds4convert.checkpoint.tensors import Grid, LogicalTensor, TensorView, codes, decode, grid_of
 from ds4convert.converted.records import Manifest
 from ds4convert.errors import InputError
 from ds4convert.evaluate import calibration as calibrations
@@ -71,19 +71,19 @@ class Again:
     pool: Pool
     unknown: bool = False
 
-    def how(self, a: Logical, b: Logical) -> How | None:
+    def how(self, a: LogicalTensor, b: LogicalTensor) -> How | None:
         """Return how `b` was rounded from `a`; None where it was not, or nothing tells."""
         found = self.hows.get((b.file, b.name))
         if found is None and self.unknown and b.codec is not None and a.store != b.store:
             return None if (a.store, b.store) in SAME_CODES else How(b.codec.name, "nearest")
         return found
 
-    def is_compensated(self, b: Logical) -> bool:
+    def is_compensated(self, b: LogicalTensor) -> bool:
         """Return whether the rounding of `b` went by a text."""
         how = self.hows.get((b.file, b.name))
         return how is not None and how.rounding == COMPENSATED
 
-    def __call__(self, a: Logical, b: Logical, ra: Numbered, rb: Numbered) -> Difference | None:
+    def __call__(self, a: LogicalTensor, b: LogicalTensor, ra: Numbered, rb: Numbered) -> Difference | None:
         """Return the comparison; None where the tensor was not rounded, or that cannot be repeated."""
         how = self.how(a, b)
         if how is None or b.codec is None or how.codec != b.codec.name or not can_repeat(how, self.calibration):
@@ -96,7 +96,7 @@ def importance(how: How, calibration: Calibration | None, expert: int) -> F32 | 
     return calibration.importance(how.key, expert) if calibration is not None and how.key else None
 
 
-def weights_of(view: View, hows: Mapping[tuple[str, str], How], every: bool) -> int:
+def weights_of(view: TensorView, hows: Mapping[tuple[str, str], How], every: bool) -> int:
     """Return how many weights of a folder are rounded again: those with a recorded rounding, or all in a codec."""
     found = (t for t in view.tensors.values() if (t.file, t.name) in hows or (every and t.codec is not None))
     return sum(t.matrices * t.rows * t.cols for t in found)
@@ -121,7 +121,13 @@ def can_repeat(how: How, calibration: Calibration | None) -> bool:
 
 
 def again(
-    a: Logical, b: Logical, ra: Numbered, rb: Numbered, how: How, calibration: Calibration | None, pool: Pool
+    a: LogicalTensor,
+    b: LogicalTensor,
+    ra: Numbered,
+    rb: Numbered,
+    how: How,
+    calibration: Calibration | None,
+    pool: Pool,
 ) -> Difference:
     """Return how the values of the rounded tensor `b` differ from its source `a`; `repeated` says how its codes do."""
     if (a.matrices, a.rows, a.cols) != (b.matrices, b.rows, b.cols):
@@ -143,14 +149,18 @@ Place = tuple[int, int, int]
 """A matrix, its first row, and how many."""
 
 
-def _chunks(a: Logical, reader: Numbered, how: How, calibration: Calibration | None) -> Iterator[tuple[Place, Chunk]]:
+def _chunks(
+    a: LogicalTensor, reader: Numbered, how: How, calibration: Calibration | None
+) -> Iterator[tuple[Place, Chunk]]:
     for matrix in range(a.matrices):
         grid, weigh = grid_of(a, reader, matrix), importance(how, calibration, matrix)
         for row, rows in row_chunks(a.rows, a.cols, CHUNK_VALUES):
             yield (matrix, row, rows), _chunk(a, codes(a, reader, matrix, row, rows), grid, row, how, weigh)
 
 
-def _chunk(a: Logical, packed: NDArray[np.uint8], grid: Grid | None, row: int, how: How, weigh: F32 | None) -> Chunk:
+def _chunk(
+    a: LogicalTensor, packed: NDArray[np.uint8], grid: Grid | None, row: int, how: How, weigh: F32 | None
+) -> Chunk:
     """Return rows of a source's matrix as the rounding of a conversion has them."""
     rows = len(packed)
     if a.store in {"f32", "f16"}:  # a conversion takes them only where BF16 holds them
@@ -199,7 +209,7 @@ def _result(future: Future[Encoded | Unfit]) -> Encoded | Unfit:
 class _Stored:
     """Rows of a rounded tensor as they are stored: words, scales and biases."""
 
-    def __init__(self, b: Logical, reader: Numbered, matrix: int, row: int, rows: int) -> None:
+    def __init__(self, b: LogicalTensor, reader: Numbered, matrix: int, row: int, rows: int) -> None:
         grid = grid_of(b, reader, matrix)
         assert grid is not None and b.codec is not None
         self.logical, self.codec = b, b.codec

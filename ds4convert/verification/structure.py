@@ -14,8 +14,8 @@ from pathlib import Path
 from ds4convert.checkpoint.folder import Checkpoint, read_checkpoint
 from ds4convert.checkpoint.headers import parse_index
 from ds4convert.checkpoint.types import TensorInfo
-from ds4convert.converted import folder as logical
 from ds4convert.converted import grouping, manifest, modules
+from ds4convert.converted.folder import MlxFolder, read_mlx
 from ds4convert.converted.records import FileRecord, Manifest
 from ds4convert.errors import Ds4Error, InputError
 from ds4convert.planning.config_files import INDEX_NAME
@@ -70,10 +70,10 @@ def structure(
     return checks
 
 
-def _folder(path: Path, checkpoint: Checkpoint, record: Manifest | None) -> logical.MlxFolder:
+def _folder(path: Path, checkpoint: Checkpoint, record: Manifest | None) -> MlxFolder:
     """Return the folder with its tensors matched; without a manifest it may be spelled as another program does it."""
     if record is not None or (path / STATE_FOLDER).exists():
-        return logical.read_mlx(path, checkpoint)
+        return read_mlx(path, checkpoint)
     return modules.open_folder(path, checkpoint).folder
 
 
@@ -127,18 +127,18 @@ def _digests(path: Path, record: Manifest, jobs: int, progress: Progress, part: 
     return _some(problems, f"sha256 of {len(known)} files as written{share}{note}")
 
 
-def _stored(folder: logical.MlxFolder) -> Iterator[tuple[str, TensorInfo]]:
+def _stored(folder: MlxFolder) -> Iterator[tuple[str, TensorInfo]]:
     for prefix, checkpoint in _folders(folder):
         for t in checkpoint.tensors():
             yield prefix + checkpoint.file_names[t.file], t
 
 
-def _folders(folder: logical.MlxFolder) -> list[tuple[str, Checkpoint]]:
+def _folders(folder: MlxFolder) -> list[tuple[str, Checkpoint]]:
     """Return the folder itself and the drafter's folder below it, if any, each with the prefix of its file names."""
     return [("", folder.checkpoint), *([("mtp/", folder.drafter)] if folder.drafter else [])]
 
 
-def _against_manifest(folder: logical.MlxFolder, record: Manifest) -> tuple[bool, str]:
+def _against_manifest(folder: MlxFolder, record: Manifest) -> tuple[bool, str]:
     stored = {(file, t.name): t for file, t in _stored(folder)}
     problems = []
     for r in record.tensors:
@@ -154,7 +154,7 @@ def _against_manifest(folder: logical.MlxFolder, record: Manifest) -> tuple[bool
     return _some(problems, f"{len(record.tensors)} tensors where the manifest says")
 
 
-def _inventory(folder: logical.MlxFolder) -> tuple[bool, str]:
+def _inventory(folder: MlxFolder) -> tuple[bool, str]:
     problems = list(grouping.findings(folder.findings))
     names = set()
     for prefix, checkpoint in (("", folder.checkpoint), ("mtp/", folder.drafter)):
@@ -166,7 +166,7 @@ def _inventory(folder: logical.MlxFolder) -> tuple[bool, str]:
     return _some(problems, f"all {len(folder.view.tensors)} weights that config.json implies; index complete")
 
 
-def _table(folder: logical.MlxFolder) -> tuple[bool, str]:
+def _table(folder: MlxFolder) -> tuple[bool, str]:
     """Every module stored with scales is listed, and nothing else is (spellings of another host apart)."""
     table, problems = folder.table, []
     entries = {k for k, v in table.items() if isinstance(v, dict)}
@@ -180,7 +180,7 @@ def _table(folder: logical.MlxFolder) -> tuple[bool, str]:
     return _some(problems, f"{len(stems)} quantized modules, all listed")
 
 
-def _head(folder: logical.MlxFolder, record: Manifest | None) -> tuple[bool, str]:
+def _head(folder: MlxFolder, record: Manifest | None) -> tuple[bool, str]:
     promised = folder.config.stages
     kind = folder.head_kind
     if kind == "none" and promised:

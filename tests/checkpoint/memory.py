@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ds4convert.checkpoint.tensors import Logical, View
+from ds4convert.checkpoint.tensors import LogicalTensor, TensorView
 from ds4convert.errors import HeaderError
 from ds4convert.storage.byte_source import ByteSource
 from ds4convert.storage.records import ByteRange, Fingerprint
@@ -38,7 +38,7 @@ def logical(
     biases: np.ndarray | None = None,
     tile: tuple[int, int] = (1, 32),
     key: str = "k",
-) -> tuple[Logical, list[bytes]]:
+) -> tuple[LogicalTensor, list[bytes]]:
     """Return a tensor of one or several slices as it lies in file number 0, and its bytes: weight, scales, biases.
 
     `weight` is `[rows, bytes or values]` or `[slices, rows, ...]`, as stored.
@@ -56,7 +56,7 @@ def logical(
         at += part.nbytes
     ranges += [()] * (3 - len(ranges))
     shape = (count, rows, cols) if stacked else (rows, cols)
-    made = Logical(
+    made = LogicalTensor(
         key,
         f"{key}.weight",
         "f",
@@ -76,9 +76,9 @@ def logical(
     return made, [p.tobytes() for p in parts]
 
 
-def view(*tensors: tuple[Logical, list[bytes]]) -> View:
+def view(*tensors: tuple[LogicalTensor, list[bytes]]) -> TensorView:
     """Return a view of tensors, each in a file of its own by its key."""
     from ds4convert.checkpoint.tensors import shifted
 
     files = {t.key: b"".join(parts) for t, parts in tensors}
-    return View("plain", {t.key: shifted(t, n) for n, (t, _) in enumerate(tensors)}, tuple(files), Memory(files))
+    return TensorView("plain", {t.key: shifted(t, n) for n, (t, _) in enumerate(tensors)}, tuple(files), Memory(files))

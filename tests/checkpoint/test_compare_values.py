@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ds4convert.checkpoint import compare, tensors
 from ds4convert.checkpoint.compare import Difference, Repeated, compare_headers, compare_views, summarise, tensor_json
-from ds4convert.checkpoint.tensors import Logical
+from ds4convert.checkpoint.tensors import LogicalTensor
 from tests.checkpoint.memory import logical, view
 
 F32 = np.float32
@@ -23,7 +23,7 @@ def floats(*rows: list[float]) -> np.ndarray:
     return np.array(rows, F32)
 
 
-def compared(a: tuple[Logical, list[bytes]], b: tuple[Logical, list[bytes]]) -> Difference:
+def compared(a: tuple[LogicalTensor, list[bytes]], b: tuple[LogicalTensor, list[bytes]]) -> Difference:
     (row,) = compare_views(view(a), view(b))
     return row[3]
 

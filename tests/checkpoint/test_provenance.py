@@ -10,7 +10,7 @@ import pytest
 
 from ds4convert.checkpoint import provenance
 from ds4convert.checkpoint.folder import Checkpoint
-from ds4convert.checkpoint.types import Origin
+from ds4convert.checkpoint.types import Provenance
 from ds4convert.storage.local_files import LocalFiles
 from ds4convert.storage.records import SourceFile
 
@@ -44,7 +44,7 @@ def checkpoint(folder: Path, record: Any = None) -> Checkpoint:
 
 def test_a_record_tells_repo_commit_and_digests_of_the_shards_alone(tmp_path: Path) -> None:
     found = provenance.of(checkpoint(tmp_path, whole()))
-    assert found == Origin("owner/name", COMMIT, {"a.safetensors": "e0", "b.safetensors": "e1"})
+    assert found == Provenance("owner/name", COMMIT, {"a.safetensors": "e0", "b.safetensors": "e1"})
     assert provenance.names_in_record(tmp_path) == {"a.safetensors", "b.safetensors", "config.json"}
     assert provenance.originals(checkpoint(tmp_path)) == FILES
 
@@ -53,7 +53,7 @@ def test_parts_of_shards_are_told_by_the_shards_that_they_are_parts_of(tmp_path:
     made = checkpoint(tmp_path, part())
     originals = (SourceFile("x.safetensors", 800, "hx"), SourceFile("y.safetensors", 900, "hy"))
     assert provenance.originals(made) == originals
-    assert provenance.of(made) == Origin("owner/name", COMMIT, {"x.safetensors": "ex", "y.safetensors": "ey"})
+    assert provenance.of(made) == Provenance("owner/name", COMMIT, {"x.safetensors": "ex", "y.safetensors": "ey"})
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def cached(
 
 
 def test_the_cache_tells_by_its_paths_and_digests_by_its_links(tmp_path: Path) -> None:
-    assert provenance.of(cached(tmp_path)) == Origin("owner/name", COMMIT, {"a.safetensors": "e0"})
+    assert provenance.of(cached(tmp_path)) == Provenance("owner/name", COMMIT, {"a.safetensors": "e0"})
     (tmp_path / "link").symlink_to(tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT)
     assert provenance.of(checkpoint(tmp_path / "link")) is not None, "reached by a link as well"
 

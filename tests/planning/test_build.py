@@ -13,7 +13,7 @@ from ds4convert.checkpoint.config import parse_config
 from ds4convert.checkpoint.inventory import HEAD, Inventory, expected
 from ds4convert.checkpoint.names import Named
 from ds4convert.checkpoint.source import imagined
-from ds4convert.checkpoint.types import LeftOut, Origin, TensorInfo
+from ds4convert.checkpoint.types import LeftOut, Provenance, TensorInfo
 from ds4convert.errors import ConfigError, FindingsError, InventoryError
 from ds4convert.planning import build, config_files
 from ds4convert.planning.build import Options, Text
@@ -110,7 +110,7 @@ def test_equal_choices_give_one_id_and_every_other_choice_another() -> None:
     ]  # fmt: skip
     assert len({base.id, *(p.id for p in others)}) == len(others) + 1
     same = [
-        replace(base, origin=Origin("a/b", "c", {})),
+        replace(base, origin=Provenance("a/b", "c", {})),
         replace(base, config_sha256="x"),
         replace(base, quantization={}),
     ]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds4convert.derive import derivation, in_place
+from ds4convert.derive import derivation, in_place, plan_builder
 from ds4convert.derive.in_place import Commit, Undo
 from ds4convert.errors import InputError, OutputError
 from ds4convert.planning import build
@@ -130,7 +130,7 @@ def split(sizes: list[int], limit: int) -> list[int]:
 def test_a_shard_size_is_found_that_divides_a_folder_as_it_is_divided(sizes: list[int], limit: int) -> None:
     counts = split(sizes, limit)
     files = [n for n, count in enumerate(counts) for _ in range(count)]
-    found = derivation.limit_of(modules(list(zip(files, sizes, strict=True))))
+    found = plan_builder.limit_of(modules(list(zip(files, sizes, strict=True))))
     if len(counts) == 1:
         assert found == build.DEFAULT_SHARD_BYTES, "one file has room for what becomes larger"
     else:
@@ -138,10 +138,10 @@ def test_a_shard_size_is_found_that_divides_a_folder_as_it_is_divided(sizes: lis
 
 
 def test_where_no_size_gives_the_files_as_they_are_the_usual_one_is_taken() -> None:
-    assert derivation.limit_of(modules([(0, 5), (0, 5), (1, 1), (2, 9)])) == build.DEFAULT_SHARD_BYTES
-    assert derivation.limit_of([]) == build.DEFAULT_SHARD_BYTES
+    assert plan_builder.limit_of(modules([(0, 5), (0, 5), (1, 1), (2, 9)])) == build.DEFAULT_SHARD_BYTES
+    assert plan_builder.limit_of([]) == build.DEFAULT_SHARD_BYTES
     huge = build.DEFAULT_SHARD_BYTES + 7
-    assert derivation.limit_of(modules([(0, huge)])) == huge
+    assert plan_builder.limit_of(modules([(0, huge)])) == huge
 
 
 def test_a_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:

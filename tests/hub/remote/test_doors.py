@@ -12,7 +12,7 @@ import pytest
 
 from ds4convert.checkpoint import compare
 from ds4convert.checkpoint.source import Source
-from ds4convert.checkpoint.types import Origin
+from ds4convert.checkpoint.types import Provenance
 from ds4convert.converted.modules import ConvertedModel
 from ds4convert.converted.open import OpenCheckpoint, PlainFiles
 from ds4convert.errors import ConfigError, InputError
@@ -104,7 +104,7 @@ def test_a_repo_is_opened_as_the_folder_is_and_read_by_range(
     assert not far.checkpoint.is_here and here.checkpoint.is_here
     assert far.inventory == here.inventory and far.checkpoint.files == here.checkpoint.files
     digests = {f.name: hashlib.sha256((mini_source / f.name).read_bytes()).hexdigest() for f in here.checkpoint.files}
-    assert far.provenance == Origin(NAME, commit, digests)
+    assert far.provenance == Provenance(NAME, commit, digests)
     assert {n: far.bytes.digest(n) for n in digests} == digests
     hub.reset_counters()
     some = next(k for k, t in far.tensors.items() if t.role == "norm")
