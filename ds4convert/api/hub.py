@@ -12,9 +12,10 @@ from ds4convert.api.opening import Opened, Place, exchanged, local
 from ds4convert.api.reporting import Listener, MessageCallback, ProgressCallback, document
 from ds4convert.api.values import OptionRecord, PathLike, combined, flag, number, one_of, text
 from ds4convert.checkpoint.types import JSON
-from ds4convert.hub import pull_part, pull_whole
 from ds4convert.hub import repo as repos
 from ds4convert.hub.names import split_name
+from ds4convert.hub.pulling import part as pull_part
+from ds4convert.hub.pulling import whole as pull_whole
 from ds4convert.publishing import package as packages
 from ds4convert.publishing import upload
 from ds4convert.publishing.package import Package

@@ -18,15 +18,13 @@ from ds4convert.converted import inspection
 from ds4convert.converted.inspection import Inspection
 from ds4convert.converted.manifest import MANIFEST_NAME
 from ds4convert.errors import Ds4Error, InputError, UsageError
-from ds4convert.hub.names import is_repo
-from ds4convert.hub.objects.address import check_scheme, is_address
-from ds4convert.hub.records import Repo
+from ds4convert.hub import kinds
+from ds4convert.hub.kinds import Listing, check_scheme, kind_of
 from ds4convert.words.terminal import show
 
 if TYPE_CHECKING:
     from ds4convert.checkpoint.folder import Checkpoint
     from ds4convert.checkpoint.source import Source
-    from ds4convert.hub.objects.store import ObjectFolder
 
 MOST_NEIGHBOURS = 2_000
 """Entries of a folder that are looked at for a near name, at most."""
@@ -79,7 +77,7 @@ class Opened:
 
     name: str
     path: Path | None
-    repo: Repo | ObjectFolder | None = field(repr=False)
+    repo: Listing | None = field(repr=False)
     inspected: Inspected = field(repr=False)
 
     @property
@@ -126,7 +124,7 @@ def open(source: Place) -> Opened:
 
 
 def inspect(
-    source: Place | Repo | ObjectFolder | None = None, *, config: PathLike | None = None, tensors: str | None = None,
+    source: Place | Listing | None = None, *, config: PathLike | None = None, tensors: str | None = None,
     say: MessageCallback | None = None,
 ) -> Inspected:  # fmt: skip
     """Return what a checkpoint is and holds: family, kind of head, bytes per group, what does not fit its config.
@@ -162,38 +160,25 @@ def is_remote(place: Place) -> bool:
     """Return whether a place is a repo of the Hub or a folder of an object store. A `Path` never is."""
     if isinstance(place, Opened):
         return place.repo is not None
-    return isinstance(place, str) and (is_repo(place) or is_address(place))
+    return isinstance(place, str) and kind_of(place) is not None
 
 
-def located(place: Place | Repo | ObjectFolder, what: str = "no such file or folder") -> Path | Repo | ObjectFolder:
+def located(place: Place | Listing, what: str = "no such file or folder") -> Path | Listing:
     """Return the path of a place, or what is elsewhere as it is listed. Raises `InputError` where there is nothing."""
     if isinstance(place, Opened):
         return place.repo or existing(place.path or Path(place.name), what)
     if not isinstance(place, str | os.PathLike):
         return place
-    if isinstance(place, str) and is_address(place):
-        from ds4convert.hub.objects import checkpoint
-
-        return checkpoint.open_folder(place)
-    if not isinstance(place, str) or not is_repo(place):
-        check_scheme(os.fspath(place))
-        return existing(Path(place), what)
-    from ds4convert.hub import repo
-
-    return repo.open_repo(place)
+    kind = kind_of(place) if isinstance(place, str) else None
+    if kind is not None:
+        return kind.door.listed(os.fspath(place))
+    check_scheme(os.fspath(place))
+    return existing(Path(place), what)
 
 
-def headers_of(found: Path | Repo | ObjectFolder) -> Checkpoint | None:
+def headers_of(found: Path | Listing) -> Checkpoint | None:
     """Return the checkpoint of what is elsewhere, from headers read by byte range; None for a local path."""
-    if isinstance(found, Path):
-        return None
-    if not isinstance(found, Repo):
-        from ds4convert.hub.objects.checkpoint import read_objects
-
-        return read_objects(found)
-    from ds4convert.hub.remote_checkpoint import read_remote
-
-    return read_remote(found)
+    return None if isinstance(found, Path) else kinds.headers(found)
 
 
 def source_of(place: Place, head_alone: bool = False) -> Source:
@@ -210,10 +195,9 @@ def local(place: Place, what: str = "no such file or folder") -> Path:
     """Return the folder of a place. Raises `UsageError` for what is elsewhere."""
     if is_remote(place):
         name = str(place.name if isinstance(place, Opened) else place)
-        told = f"{name}: this reads all tensors, which needs a folder"
-        if is_address(name):
-            raise UsageError(f"{told} here", hint="copy it to one first")
-        raise UsageError(told, hint=f"`ds4convert pull {name}` first")
+        kind = kind_of(name)
+        hint = kind.way_here.format(name=name) if kind is not None else None
+        raise UsageError(f"{name}: this reads all tensors, which needs a folder here", hint=hint)
     found = located(place, what)
     assert isinstance(found, Path)
     return found

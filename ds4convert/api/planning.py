@@ -20,7 +20,7 @@ from ds4convert.errors import UsageError
 from ds4convert.execution import run
 from ds4convert.execution.rounding_steps import no_importance
 from ds4convert.execution.workers import ENOUGH_WEIGHTS, rounding_pool
-from ds4convert.hub.objects.checkpoint import ObjectFiles
+from ds4convert.hub.records import ListedFiles
 from ds4convert.planning import build, side_files
 from ds4convert.planning.build import Options, make_plan
 from ds4convert.planning.layouts import layout_for
@@ -69,8 +69,9 @@ def prepare(source: Place | None, config: PathLike | None, options: ConversionOp
     else:
         assert config is not None
         prepared = _of_config(config, options, settled)
-    if prepared.source is not None and isinstance(prepared.source.bytes, ObjectFiles) and prepared.source.bytes.told:
-        listener.warn(prepared.source.bytes.told)
+    files = prepared.source.bytes if prepared.source is not None else None
+    if isinstance(files, ListedFiles) and files.told:
+        listener.warn(files.told)
     for told in _warnings(prepared):
         listener.warn(told)
     return prepared

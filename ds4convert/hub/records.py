@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ds4convert.errors import Ds4Error, InputError
 from ds4convert.storage.belonging import belongs
@@ -38,6 +39,8 @@ class RemoteFile:
 @dataclass(frozen=True)
 class Repo:
     """A repo at one commit; `cached_in` is the folder of the Hub client's cache that it was read from, offline."""
+
+    kind: ClassVar[str] = "hub"
 
     name: str
     commit: str
@@ -72,7 +75,12 @@ def check_name(name: str, repo: str) -> None:
 
 
 class ListedFiles(ByteSource):
-    """Files elsewhere, as they were listed. A kind says how a range is fetched, and what it has at hand already."""
+    """Files elsewhere, as they were listed. A kind says how a range is fetched, and what it has at hand already.
+
+    `told` is what people should know of them before they are read, None where there is nothing to say.
+    """
+
+    told: str | None = None
 
     def __init__(self, files: Iterable[RemoteFile]) -> None:
         self._files = {f.name: f for f in files}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ds4convert.checkpoint import headers
 from ds4convert.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint
-from ds4convert.checkpoint.source import Source, recognised
 from ds4convert.checkpoint.types import Provenance
 from ds4convert.errors import Ds4Error, EnvironmentFault, HeaderError, InputError
 from ds4convert.execution.threads import each
@@ -19,6 +18,7 @@ from ds4convert.hub import cache
 from ds4convert.hub.byte_ranges import read_bytes, read_range
 from ds4convert.hub.errors import AGAIN
 from ds4convert.hub.records import ListedFiles, RemoteFile, Repo
+from ds4convert.hub.repo import open_repo
 from ds4convert.planning.side_files import CARRIED
 from ds4convert.storage.digests import git_id
 from ds4convert.storage.records import LENGTH_BYTES
@@ -89,11 +89,6 @@ def _read_again(repo: Repo) -> RemoteFiles:
 def origin(repo: Repo) -> Provenance:
     """Return where the files of a repo come from."""
     return Provenance(repo.name, repo.commit, {f.name: f.sha256 or f.etag for f in repo.shards()})
-
-
-def source(repo: Repo, jobs: int = 8) -> Source:
-    """Return a repo as the source of a conversion, which fetches its tensors as they are needed."""
-    return recognised(read_remote(repo, jobs), origin(repo))
 
 
 def _cache(repo: Repo) -> Path:
@@ -190,3 +185,19 @@ def read_remote(repo: Repo, jobs: int = 8) -> Checkpoint:
     files = RemoteFiles(repo, folder)
     files.fill_cache(jobs)
     return read_checkpoint(folder, files, sorted(f.name for f in repo.shards()))
+
+
+class _Door:
+    """How repos of the Hub are opened."""
+
+    def listed(self, text: str) -> Repo:
+        return open_repo(text)
+
+    def headers(self, listing: Repo) -> Checkpoint:
+        return read_remote(listing)
+
+    def provenance(self, listing: Repo) -> Provenance:
+        return origin(listing)
+
+
+DOOR = _Door()

@@ -23,7 +23,7 @@ RANK = {room: n for n, room in enumerate(structure.ORDER)}
 
 HEAVY = {"numpy", "mlx", "huggingface_hub", "obstore", "mlx_lm", "tqdm", "xxhash", "safetensors", "click"}
 ALLOWED = {
-    "numpy": ("formats", "checkpoint.tensors", "checkpoint.compare", "execution", "fit", "hub.pull_part", "demo.synth", "evaluate", "inference.deepseek_v41", "verification.rounded"),
+    "numpy": ("formats", "checkpoint.tensors", "checkpoint.compare", "execution", "fit", "hub.pulling.part", "demo.synth", "evaluate", "inference.deepseek_v41", "verification.rounded"),
     "click": ("cli", "__main__"),
     "tqdm": ("cli.progress",),
     "huggingface_hub": ("hub", "publishing"),

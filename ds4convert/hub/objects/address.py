@@ -32,15 +32,6 @@ def is_address(src: str) -> bool:
     return found is not None and found[1].lower() in SCHEMES
 
 
-def check_scheme(src: str) -> None:
-    """Raise `UsageError` for an address of a kind that nothing here reads; paths and the Hub's pages pass."""
-    found = _SCHEME.match(src)
-    if found is not None and found[1].lower() not in {*SCHEMES, "hf", "http", "https"}:
-        raise UsageError(
-            f"{show(src)}: {show(found[1])}:// is no store that is known here; {EXPECTED}, or hf://owner/name"
-        )
-
-
 def parse(src: str) -> Address:
     """Return the folder that an address names. Raises `UsageError`."""
     scheme, _, rest = src.partition("://")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ds4convert.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, read_checkpoint
-from ds4convert.checkpoint.source import Source, recognised
 from ds4convert.errors import EnvironmentFault, HeaderError, InputError
 from ds4convert.execution.threads import each
 from ds4convert.files import Disk, disk_errors
@@ -133,6 +132,17 @@ def read_objects(folder: ObjectFolder) -> Checkpoint:
     return read_checkpoint(path, files, [f.name for f in folder.shards()])
 
 
-def source(folder: ObjectFolder) -> Source:
-    """Return a folder as the source of a conversion. A copy of it here makes the same result, its manifest included."""
-    return recognised(read_objects(folder))
+class _Door:
+    """How folders of object stores are opened. A copy of one here makes the same result, its manifest included."""
+
+    def listed(self, text: str) -> ObjectFolder:
+        return open_folder(text)
+
+    def headers(self, listing: ObjectFolder) -> Checkpoint:
+        return read_objects(listing)
+
+    def provenance(self, listing: ObjectFolder) -> None:
+        return None
+
+
+DOOR = _Door()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from ds4convert.errors import EnvironmentFault, HeaderError, InputError
 from ds4convert.hub.objects.address import Address
@@ -40,6 +40,8 @@ MOST_FILES = 10_000
 @dataclass(frozen=True)
 class ObjectFolder:
     """A folder of an object store as it was listed: its files, each with its ETag; `store` is obstore's."""
+
+    kind: ClassVar[str] = "store"
 
     address: Address
     files: tuple[RemoteFile, ...]

@@ -12,6 +12,7 @@ import pytest
 from ds4convert.execution import run
 from ds4convert.hub import remote_checkpoint, repo
 from ds4convert.hub.byte_ranges import read_range
+from ds4convert.hub.doors import open_official
 from ds4convert.planning import build
 from ds4convert.planning.build import make_plan
 from ds4convert.planning.layouts import layout_of
@@ -69,7 +70,7 @@ def windowed(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    source = remote_checkpoint.source(repo.open_repo(NAME, endpoint=hub.url, token=hub.token))
+    source = open_official(repo.open_repo(NAME, endpoint=hub.url, token=hub.token))
     made = make_plan(source, build.Options(recipe_of("native"), layout_of("inline")))
     held: list[int] = []
     plain = read_range

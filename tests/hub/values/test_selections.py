@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ds4convert.checkpoint.types import TensorInfo
 from ds4convert.errors import OutputError, ValueFault
-from ds4convert.hub import pull_part, pull_whole
-from ds4convert.hub.pull_part import Selection, Target, has_file_digest, merged, scan
+from ds4convert.hub.pulling import part as pull_part
+from ds4convert.hub.pulling import whole as pull_whole
+from ds4convert.hub.pulling.part import Selection, Target, has_file_digest, merged, scan
 from ds4convert.hub.records import RemoteFile, Repo
 
 FILE = RemoteFile("model-1.safetensors", 1000, "e" * 64, "e" * 64)

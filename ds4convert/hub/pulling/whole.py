@@ -20,7 +20,7 @@ from ds4convert.execution.threads import each
 from ds4convert.files import PARTIAL, Disk, disk_errors, free_bytes
 from ds4convert.hub.byte_ranges import read_range
 from ds4convert.hub.errors import AGAIN
-from ds4convert.hub.pull_part import JOURNAL_NAME, RANGE_BYTES, has_file_digest
+from ds4convert.hub.pulling.part import JOURNAL_NAME, RANGE_BYTES, has_file_digest
 from ds4convert.hub.records import RemoteFile, Repo
 from ds4convert.storage import strict_json
 from ds4convert.storage.safe_open import read_own

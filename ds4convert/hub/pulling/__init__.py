@@ -1,0 +1,1 @@
+"""Downloading repos: whole files, or the parts that a selection of tensors needs."""
