@@ -48,11 +48,19 @@ def _below(folder: Path, prefix: str) -> Iterator[str]:
                 continue
             if e.is_dir(follow_symlinks=False):
                 waiting.append((here / e.name, f"{before}{e.name}/"))
-            elif e.is_dir():
+            elif _leads_to_folder(e):
                 yield f"{before}{e.name} (a link to a folder)"
             elif is_read(e.name):
                 yield before + e.name
         left -= len(entries)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder by its link; one that leads nowhere, or in a circle, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_read(name: str) -> bool:

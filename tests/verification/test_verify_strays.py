@@ -71,3 +71,14 @@ def test_a_carried_file_that_is_gone_is_named(good: Path, name: str, tmp_path: P
     out = s.copied(good, tmp_path / "mlx")
     (out / name).unlink()
     assert f"{name}: missing" in files_check(out).detail
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "extra.json", "notes.txt"])
+def test_a_link_to_itself_is_a_finding_or_nothing_and_no_fault_of_the_drive(
+    good: Path, name: str, tmp_path: Path
+) -> None:
+    out = s.copied(good, tmp_path / "mlx")
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(name)
+    check = files_check(out)
+    assert (check.ok and name == "notes.txt") or (not check.ok and name in check.detail)
