@@ -29,7 +29,7 @@ from ds4convert.formats.codecs import WORD_BITS
 from ds4convert.planning import build, side_files
 from ds4convert.planning.config_files import source_only_keys
 from ds4convert.planning.encodings import Encoding, Part, Spec, as_packed
-from ds4convert.planning.layouts import Layout, head_stems_inside, layouts
+from ds4convert.planning.layouts import Layout, beside_names, head_stems_inside, layouts
 from ds4convert.planning.types import Done, Loss, RoundingError
 from ds4convert.storage.byte_source import ByteSource
 from ds4convert.storage.local_files import LocalFiles
@@ -419,9 +419,10 @@ def small_files(stored: ConvertedModules) -> tuple[dict[str, str], dict[str, byt
     family = stored.inventory.config.family.name
     if stored.record is None:
         side = side_files.survey(stored.path, family)
-        ours = {DRAFTER, STATE_FOLDER, *model_files()}
+        ours = {DRAFTER, STATE_FOLDER, *model_files(), *(n.partition("/")[0] for n in beside_names())}
         return dict(side.copies), dict(side.added), tuple(x for x in side.left_out if x.tensor not in ours)
     remade = {"config.json", INDEX_NAME, f"{DRAFTER}/config.json", f"{DRAFTER}/{INDEX_NAME}", *model_files()}
+    remade |= beside_names()
     plain = [f for f in stored.record.files if not f.holds_tensors and f.name not in remade]
     if strange := next((f.name for f in plain if f.name not in side_files.CARRIED), None):
         raise InputError(f"{manifest.MANIFEST_NAME}: names {show(strange)}, which no converted folder has")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from ds4convert.execution import file_writer, journal, run
 from ds4convert.execution.completion import Aside
 from ds4convert.execution.locking import Lock, is_lock
 from ds4convert.files import Disk, disk_errors
-from ds4convert.planning.layouts import layout_for
+from ds4convert.planning.layouts import beside_names, layout_for
 from ds4convert.storage import strict_json
 from ds4convert.storage.safe_open import names_in, read_small
 from ds4convert.storage.state_folder import STATE_FOLDER
@@ -147,7 +147,7 @@ def remove(folder: Path, model_source: bytes, disk: Disk | None = None) -> Chang
     kept = {f.name for f in made.result_plan.files}
     small = set(_small_files(made)) - set(made.result_plan.texts) - {MANIFEST_NAME}
     gone = {f.name for f in base.files} - kept | small
-    removed = (*sorted(gone), *([DRAFTER] if base.folder.drafter else []))
+    removed = (*sorted(gone), *([DRAFTER] if base.folder.drafter else []), *_emptied(folder, gone))
     return _change(made, source, {}, removed, REMOVED, run.Way(disk=disk))
 
 
@@ -179,6 +179,7 @@ def _small_files(made: Derivation) -> dict[str, bytes]:
     base = made.base
     names = {CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, *made.result_plan.texts, *modules.model_files()}
     names |= {f"{DRAFTER}/{CONFIG_NAME}", f"{DRAFTER}/{INDEX_NAME}"} if base.folder.drafter else set()
+    names |= {n for n in beside_names() if base.record is not None and base.record.file(n) is not None}
     return {n: read_small(base.path, n) for n in sorted(names) if (base.path / n).is_file()}
 
 
@@ -190,6 +191,8 @@ def _reversible(made: Derivation) -> bool:
     model = result.texts.get(base.layout.model_file, b"")
     if result.layout != base.layout.name or result.formats != base.formats or result.sources != base.sources():
         return False
+    if any(base.record.file(n) is None and (base.path / n).exists() for n in result.texts):
+        return False  # a file of the user's that is in the way has to come back
     again = derivation.without_head(base, model)
     heads = {n for s in result.steps if s.part == HEAD for names in s.sources for n in names}
     told = {x.tensor: x.why for x in result.left_out} | dict.fromkeys(heads, derivation.DROPPED)
@@ -230,12 +233,20 @@ def _restore(folder: Path, disk: Disk) -> Changed:
                 disk.make_folder(path.parent)
                 disk.write_file(path, data)
             folders = sorted({n.partition("/")[0] for n in gone if "/" in n} - {n.partition("/")[0] for n in names})
-            removed = [*gone, *folders, UNDO_FOLDER]
+            removed = [*gone, *(f for f in folders if f == DRAFTER or f in _emptied(folder, gone)), UNDO_FOLDER]
             _write_commit(state, _in_order(names), removed, REMOVED, disk)
             _commit(folder, disk)
         finally:
             lock.release()
     return Changed(tuple(names), tuple(removed), False)
+
+
+def _emptied(folder: Path, removed: Iterable[str]) -> list[str]:
+    """Return the folders below, but for the drafter's, that hold nothing but files that are to be removed."""
+    gone = set(removed)
+    parents = sorted({n.rpartition("/")[0] for n in gone if "/" in n} - {DRAFTER})
+    here = [p for p in parents if (folder / p).is_dir()]
+    return [p for p in here if {f"{p}/{n.name}" for n in (folder / p).iterdir()} <= gone]
 
 
 _UNREADABLE = "without it the head cannot be taken out; take the backbone anew from where it came"

@@ -25,7 +25,7 @@ from ds4convert.converted.manifest import MANIFEST_NAME, VERIFY_NAME
 from ds4convert.errors import Ds4Error, InputError, OutputError
 from ds4convert.execution.locking import is_lock
 from ds4convert.files import PARTIAL, Disk
-from ds4convert.planning.layouts import layouts
+from ds4convert.planning.layouts import beside_names, layouts
 from ds4convert.planning.side_files import CARRIED
 from ds4convert.planning.types import Plan
 from ds4convert.storage import strict_json
@@ -79,14 +79,21 @@ def _from_table(table: object) -> Marks:
 def _may_write(name: str) -> bool:
     """Return whether a conversion may write a file of this name."""
     folder, _, file = name.rpartition("/")
+    if folder == DRAFTER:
+        return file in {"config.json", INDEX_NAME} or _is_shard(file)
     if folder:
-        return folder == DRAFTER and (file in {"config.json", INDEX_NAME} or _is_shard(file))
+        return name in beside_names()
     return (
         _is_shard(name)
         or name in {"config.json", INDEX_NAME, MANIFEST_NAME, VERIFY_NAME}
         or name in CARRIED
         or name in {layout.model_file for layout in layouts().values() if layout.model_file}
     )
+
+
+def _folders() -> list[str]:
+    """Return the folders below a result in which a conversion may write."""
+    return sorted({DRAFTER, *(name.rpartition("/")[0] for name in beside_names() if "/" in name)})
 
 
 def _is_shard(name: str) -> bool:
@@ -149,13 +156,16 @@ def check(out: Path, written: Iterable[str]) -> None:
         if names:
             raise _foreign(out, names, [])
         return
-    if (out / DRAFTER).is_symlink():
-        raise OutputError(f"{out / DRAFTER}: is a link, expected a folder", hint="remove it")
-    below = [f"{DRAFTER}/{n}" for n in names_in(out / DRAFTER)]
+    below = []
+    for folder in _folders():
+        if (out / folder).is_symlink():
+            raise OutputError(f"{out / folder}: is a link, expected a folder", hint="remove it")
+        below += [f"{folder}/{n}" for n in names_in(out / folder)]
     wanted = {_one_name(n) for n in (*written, MANIFEST_NAME)}
     found = (n for n in (*names, *below) if n not in marks)
     strange = [n for n in found if _one_name(n) in wanted or _is_shard(n.rpartition("/")[2])]
     strange = [n for n in strange if n.removesuffix(PARTIAL) not in marks]
+    strange += [f for f in _folders() if (out / f).is_file() and any(n.startswith(f"{f}/") for n in wanted)]
     altered = [n for n, m in marks.items() if not _is_ours(out, n, m)]
     if strange or altered:
         raise _foreign(out, sorted(strange), sorted(altered))
@@ -236,7 +246,7 @@ def clear(out: Path, disk: Disk) -> None:
             disk.remove(Path(entry.path))
     for path in sorted(paths, key=lambda p: (p.name not in {MANIFEST_NAME, VERIFY_NAME}, p.name)):
         disk.remove(path)
-    drafter = out / DRAFTER
-    if drafter.is_dir() and not drafter.is_symlink() and not any(os.scandir(drafter)):
-        disk.remove(drafter)
+    for folder in (out / name for name in _folders()):
+        if folder.is_dir() and not folder.is_symlink() and not any(os.scandir(folder)):
+            disk.remove(folder)
     disk.sync_folder(out)

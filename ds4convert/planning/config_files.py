@@ -72,6 +72,9 @@ def texts(
             filled = {k: _fill(v, inventory, config, stages_key) for k, v in p.config.items()}
             out[f"{p.folder}/config.json"] = strict_json.pretty(_quantized(filled, _table(inner)))
             out[f"{p.folder}/{INDEX_NAME}"] = _index(files, steps, p.folder + "/")
+        for name, values in p.beside.get(inventory.head_kind, {}).items():
+            told = {k: _fill(v, inventory, config, stages_key) for k, v in values.items()}
+            out[name] = strict_json.pretty(told)
     return out, table
 
 

@@ -87,7 +87,8 @@ class HeadPlace:
     """One place of the head: folder and file stem, the prefix of a block's tensors and of the head's own ones.
 
     `table` and `own_table` are the prefixes under which the quantization table lists the modules. `config` is the
-    config.json of a drafter folder, whose `$names` are filled in at planning.
+    config.json of a drafter folder, whose `$names` are filled in at planning; `beside` has further JSON files that
+    hosts read, by kind of head and name, filled in alike.
     """
 
     kinds: tuple[str, ...]
@@ -100,6 +101,7 @@ class HeadPlace:
     rename: Mapping[str, str]
     config: Mapping[str, Any]
     max_stages: int
+    beside: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def name(self, module: Module) -> str:
         """Return the path of a head module in this place."""
@@ -183,6 +185,7 @@ def _place(table: Mapping[str, Any]) -> HeadPlace:
         rename=table.get("rename", {}),
         config=table.get("config", {}),
         max_stages=table.get("stages", 1 << 16),
+        beside=table.get("beside", {}),
     )
 
 
@@ -220,6 +223,12 @@ def spellings_of(family: Family) -> list[Spelling]:
 def all_places(family: Family) -> list[HeadPlace]:
     """Return every place where a head of a family may be, in the order of the layouts."""
     return [p for y in layouts().values() for p in heads_of(y, family)]
+
+
+def beside_names() -> frozenset[str]:
+    """Return the names of all files that layouts have beside a head, for hosts that look there for its sizes."""
+    places = (p for f in families().values() for p in all_places(f))
+    return frozenset(name for p in places for files in p.beside.values() for name in files)
 
 
 def head_stems_inside() -> tuple[str, ...]:

@@ -88,3 +88,35 @@ def test_the_folder_counts_its_stages_for_omlx_and_only_where_the_head_is(tmp_pa
     assert "n_mtp_layers" not in json.loads((tmp_path / "none" / "config.json").read_text())
     s.run(s.CHECKPOINTS[0], tmp_path / "classic")
     assert "n_mtp_layers" not in json.loads((tmp_path / "classic" / "config.json").read_text())
+
+
+def test_rapid_mlx_finds_the_head_and_loads_every_tensor_of_it(tmp_path: Path) -> None:
+    """rapid-mlx 0.16.10: spec_decode/dspark/detect.py reads inference/config.json; its own model class loads strictly.
+
+    Not among the packages of the tests, as it needs forty others: install it without those to run this.
+    """
+    detect = pytest.importorskip("rapid_mlx.spec_decode.dspark.detect")
+    theirs = pytest.importorskip("rapid_mlx.models.deepseek_v4")
+    from mlx_lm.utils import load_model as load
+
+    source = next(x for x in s.BLOCK_CHECKPOINTS if x.parent.name == "dspark-a")
+    s.run(source, tmp_path / "mlx")
+    found = detect.detect_dspark_metadata(tmp_path / "mlx")
+    config = json.loads((source / "config.json").read_text())
+    assert (found.num_layers, found.block_size) == (3, config["dspark_block_size"])
+    assert (list(found.target_layer_ids), found.markov_rank) == (
+        config["dspark_target_layer_ids"], config["dspark_markov_rank"],
+    )  # fmt: skip
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    table = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    for path in list(table):  # as rapid_mlx/utils/tokenizer.py spells the paths before it loads
+        spelled = f"model.{path}" if path.startswith("layers.") else path
+        for old, new in names.items():
+            spelled = spelled.replace(f".shared_experts.{old}", f".shared_experts.{new}")
+        table[spelled] = table[path]
+    told = {f"dspark_{k}": getattr(found, k) for k in ("num_layers", "block_size", "noise_token_id", "markov_rank")}
+    told |= {"dspark_target_layer_ids": list(found.target_layer_ids), "quantization": table}
+    model, _ = load(
+        tmp_path / "mlx", strict=True, model_config=told, get_model_classes=lambda config: (theirs.Model, theirs.ModelArgs)
+    )
+    assert len(model.mtp) == 3
