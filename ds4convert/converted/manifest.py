@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 
 from ds4convert.checkpoint.inventory import HEAD
@@ -19,6 +18,7 @@ from ds4convert.storage import strict_json
 from ds4convert.storage.records import LENGTH_BYTES
 from ds4convert.storage.safe_open import read_small
 from ds4convert.storage.untrusted.fields import Fields
+from ds4convert.words.project import version
 from ds4convert.words.terminal import show
 
 MANIFEST_NAME = "ds4convert_manifest.json"
@@ -30,18 +30,10 @@ MAX_NAME = 4096
 """Characters of a file's name with its folders, at most."""
 
 
-def tool_version() -> str:
-    """Return the version of the installed package, or `0+source` where it runs from a tree that is not installed."""
-    try:
-        return metadata.version("ds4convert")
-    except metadata.PackageNotFoundError:
-        return "0+source"
-
-
 def build(plan: Plan, steps: Mapping[int, Done], hashes: Mapping[int, str | None]) -> bytes:
     """Return the manifest's bytes for an executed plan: `steps` by number, `hashes` by file number."""
     made = Manifest(
-        tool=Tool("ds4convert", tool_version()),
+        tool=Tool("ds4convert", version()),
         family=plan.family,
         head=HeadRecord(plan.head_kind, sum(s.part == HEAD for s in plan.steps)),
         recipe=plan.recipe,

@@ -23,6 +23,7 @@ from ds4convert.planning.types import Tool
 from ds4convert.storage import strict_json
 from ds4convert.storage.safe_open import read_small
 from ds4convert.storage.untrusted.fields import Fields
+from ds4convert.words.project import version
 
 VERSION = 1
 
@@ -119,7 +120,7 @@ def write(folder: Path, ok: bool, checks: Sequence[str], head: HeadFigures) -> N
         record = manifest.read(folder)
     if record is None:
         return
-    tool = Tool("ds4convert", manifest.tool_version())
+    tool = Tool("ds4convert", version())
     made = VerifyRecord(tool, record.digest, _device(), ok, tuple(checks), head)
     with disk_errors("writing", folder / VERIFY_NAME):
         Disk().write_file(folder / VERIFY_NAME, strict_json.pretty(made.as_json()))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds4convert.converted.manifest import tool_version
 from ds4convert.converted.records import Manifest
 from ds4convert.errors import EnvironmentFault, OutputError
 from ds4convert.files import Disk
@@ -24,6 +23,7 @@ from ds4convert.report.setting import Setting
 from ds4convert.verification.facts import Facts, Measurement, SourceKL, record_of
 from ds4convert.verification.request import Outcome
 from ds4convert.words.figures import size
+from ds4convert.words.project import version
 from ds4convert.words.templates import rendered
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def page(name: str, outcome: Outcome, where: Setting | None = None, record: Mani
     failed = [c for c in outcome.checks if not c.ok]
     values = {
         "name": name,
-        "version": tool_version(),
+        "version": version(),
         "about": _about(record),
         "failed": failed,
         "passed": len(outcome.checks) - len(failed),

@@ -24,6 +24,7 @@ from ds4convert.serving.http.access import Policy, origin_of
 from ds4convert.serving.http.handler import Handler, Site
 from ds4convert.serving.metrics import Metrics
 from ds4convert.serving.validation import Limits
+from ds4convert.words.project import version
 from ds4convert.words.templates import rendered
 
 WAITING_CONNECTIONS = 128
@@ -120,7 +121,7 @@ def open_server(folder: Path, options: Options, log: Callable[[str], None], warn
     depth = draft_depth(model, options.draft_depth, options.confidence) if is_active else 0
     metrics = Metrics(is_active)
     policy = Policy(options.host, options.api_key, frozenset(map(origin_of, options.allowed_origin)))
-    fingerprint = f"ds4convert-{metadata.version('ds4convert')}-mlx-lm-{metadata.version('mlx-lm')}"
+    fingerprint = f"ds4convert-{version()}-mlx-lm-{metadata.version('mlx-lm')}"
     page = rendered("serve.html.jinja", {}, {}).encode()
     site = Site(
         None, metrics, limits, policy, fingerprint, page,  options.max_body, _safe(log),  # type: ignore[arg-type]

@@ -1,12 +1,22 @@
-"""The project's address: read from the package's own metadata, which `pyproject.toml` gives it, and from nowhere else.
+"""The project's version and address: read from the package's own metadata, and from nowhere else.
 
-None is decided yet, so there is none, and nothing prints one.
+No address is decided yet, so there is none, and nothing prints one.
 """
 
 from __future__ import annotations
 
 NAMES = ("Repository", "Homepage")
 """Which of the addresses in `[project.urls]` is the project's, the first that is there."""
+
+
+def version() -> str:
+    """Return the version of the installed package, or `0+source` where it runs from a tree that is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("ds4convert")
+    except metadata.PackageNotFoundError:
+        return "0+source"
 
 
 def address() -> str | None:

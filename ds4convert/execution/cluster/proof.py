@@ -24,6 +24,7 @@ from ds4convert.formats.codecs import CODECS
 from ds4convert.formats.rounding import encode
 from ds4convert.formats.small_floats import F32, bf16_values
 from ds4convert.planning.types import Plan
+from ds4convert.words.project import version
 
 ROWS, COLS = 64, 1024
 """Weights of a sample: all scales of an FP8 tile, several groups of every size."""
@@ -90,8 +91,7 @@ def here(kinds: tuple[Kind, ...]) -> Proof:
     if kinds:
         with rounding_pool(ENOUGH_WEIGHTS, cores=1) as pool:
             digests = pool.submit(partial(digests_of, kinds)).result()
-    version, mlx = metadata.version("ds4convert"), metadata.version("mlx")
-    return Proof(version, code_digest(), np.__version__, mlx, kinds, digests)
+    return Proof(version(), code_digest(), np.__version__, metadata.version("mlx"), kinds, digests)
 
 
 def difference(mine: Proof, theirs: Proof) -> str | None:

@@ -22,6 +22,7 @@ from tests.support import ROOT, run
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ELSEWHERE = {
     *("--draft-model", "--draft-block-size"),  # mlx-vlm
+    "--speculative-config",  # Rapid-MLX
     *("--trust-remote-code",),  # mlx-lm
     *("--mtp-model", "--q-bits"),  # ds4; mlx_vlm.convert
     *("--num-cpus",),  # ray start
