@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ds4convert.errors import UsageError
+from ds4convert.words.project import version
 
 F = TypeVar("F", bound=Callable[..., Any])
 EMPTY = "is empty; was a variable not set? The current folder is ."
@@ -246,11 +247,19 @@ def also_called(name: str, command: click.Command) -> None:
     cli.add_command(Command(name, params=params, callback=command.callback, help=text))
 
 
+def _say_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the version and end; click's own option fails where a tree and an install both have metadata."""
+    if wanted and not ctx.resilient_parsing:
+        click.echo(version())
+        ctx.exit()
+
+
 @click.group(
     cls=Commands, context_settings=SETTINGS,
     epilog="`ds4convert COMMAND --help` tells the options of a command, with an example.",
 )  # fmt: skip
-@click.version_option(package_name="ds4convert", message="%(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_version,
+              help="Show the version and exit.")  # fmt: skip
 def cli() -> None:
     """Convert DeepSeek-V4 checkpoints to MLX with the multi-token-prediction head kept, and prove the result.
 
