@@ -25,7 +25,7 @@ def environment() -> JSON:
     """Return versions, platform, memory, what Metal allows, settings of the Hub and of this program, as a document."""
     return document(
         {
-            "version": _version("ds4convert"),
+            "version": project.version(),
             "address": project.address(),
             "python": platform.python_version(),
             "platform": _platform(),
