@@ -4,7 +4,8 @@
     python benchmarks/convert_speed.py --layers 2 --pairs 5 --mlx-vlm  # mlx-vlm's streaming converter as well
 
 Writes a real-size checkpoint of random values into a temporary folder (or uses --input), then per round, in rotated
-order: `cp -r` followed by a sync of the disk, `quantize --no-hash`, `quantize`, and on request mlx-vlm's converter.
+order: `cp -r` followed by a sync of the disk, `quantize --no-hash`, `quantize`, and on request mlx-vlm's converter
+(--mlx-vlm) and `quantize` of another version, from its tree (--beside).
 Disk timing on a shared machine can swing by more than two: read the ratios within a round, and all of them.
 """
 
@@ -46,7 +47,7 @@ def run(command: list[str], out: Path) -> tuple[float, float, int]:
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit
 
 
-def commands(source: Path, vlm_source: Path | None, out: Path) -> dict[str, list[str]]:
+def commands(source: Path, vlm_source: Path | None, out: Path, beside: Path | None = None) -> dict[str, list[str]]:
     """Return the commands to be timed, by title."""
     ours = [sys.executable, "-m", "ds4convert", "quantize", str(source), str(out), "-q", "--json", "--recipe", "native"]
     found = {
@@ -54,6 +55,8 @@ def commands(source: Path, vlm_source: Path | None, out: Path) -> dict[str, list
         "quantize --no-hash": [*ours, "--no-hash"],
         "quantize": ours,
     }
+    if beside is not None:
+        found["quantize of beside"] = ["env", f"PYTHONPATH={beside.resolve()}", *ours]
     if vlm_source is not None:
         module = "mlx_vlm.models.deepseek_v4.convert"
         found["mlx-vlm streaming"] = [
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, help="use this checkpoint instead of writing one")
     parser.add_argument("--folder", type=Path, help="where to work; removed at the end")
     parser.add_argument("--mlx-vlm", action="store_true")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="time the version in this tree as well")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=args.folder))
     try:
@@ -97,7 +101,7 @@ def measure(source: Path, work: Path, args: argparse.Namespace) -> None:
     """Time the commands in turn and print their table."""
     size = folder_bytes(source)
     vlm = for_mlx_vlm(source, work / "vlm-source") if args.mlx_vlm else None
-    todo = commands(source, vlm, work / "out")
+    todo = commands(source, vlm, work / "out", args.beside)
     print(f"input: {size:,} bytes; {os.cpu_count()} cores, {platform.system()} {platform.release()}")
     print("round  command              seconds  cpu s    MB/s  x cp  peak MB")
     ratios: dict[str, list[float]] = {name: [] for name in todo}
