@@ -151,8 +151,8 @@ def killed_run(s3: S3, source: Path, where: str, at: int, before: bool) -> bool:
 
     def kill() -> None:
         if next(count) == at:
+            killed.set()  # first: the run is waited for elsewhere, and is gone as soon as it is killed
             child.send_signal(signal.SIGKILL)
-            killed.set()
             child.wait(60)  # nothing is answered before it has gone
 
     def fault(method: str, path: str) -> Answer:
