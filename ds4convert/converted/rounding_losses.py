@@ -87,7 +87,8 @@ def _stored(tensors: Iterable[Logical]) -> Iterator[Matrix]:
     for t in tensors:
         if t.name.endswith(".weight") and len(t.shape) >= 2 and t.role not in NEVER_ROUNDED:
             count = t.matrices * t.rows * t.cols
-            yield Matrix(group_of(t.part, t.role), t.layer, t.label, count, 8 * t.size / count, 0.0, 0.0)
+            name = "mxfp4" if t.store == "fp4" else t.store
+            yield Matrix(group_of(t.part, t.role), t.layer, name, count, 8 * t.size / count, 0.0, 0.0)
 
 
 @dataclass

@@ -76,7 +76,8 @@ class Listed:
 class Subject:
     """What a page is about. `name` is shown, `place` is the word for it on a command line (of a folder, its name).
 
-    `shape` are the model's dimensions in words, `choices` what recipes make of it, `macs` what holds it. `least` tokens
+    `shape` are the model's dimensions in words, `choices` what recipes make of it (`unfit` are those that its sizes do
+    not allow), `macs` what holds it. `least` tokens
     are what a Mac has to have room for to be called one that holds a model. `files` are those of a repo as they are
     listed; `has_mapped`: hosts read rows of some tables from the disk; `kept` is what `verify --mtp` left behind.
     """
@@ -90,6 +91,7 @@ class Subject:
     choices: Sequence[Choice] = ()
     macs: Sequence[Holding] = ()
     least: int = 0
+    unfit: Sequence[str] = ()
     has_mapped: bool = False
     files: Sequence[Listed] = ()
     kept: VerifyRecord | None = None
@@ -223,6 +225,8 @@ def _recipes(s: Subject) -> Section:
         f"{told}On the demo: measured on the small model that comes with ds4convert (KL from the source in nats per "
         "token, and how often both find the same token the likeliest); no promise for this one."
     )
+    if s.unfit:
+        note += f" Not for this model, as its columns are no whole groups of these formats: {', '.join(s.unfit)}."
     if s.has_mapped:
         note += " Of engram tables hosts read single rows from the disk: they need no memory."
     parts: list[Part] = [

@@ -21,6 +21,7 @@ from ds4convert.converted.inspection import Inspection
 from ds4convert.errors import Ds4Error
 from ds4convert.hub.objects.store import ObjectFolder
 from ds4convert.hub.records import Repo
+from ds4convert.planning.recipes import recipes
 from ds4convert.report import inspected, pages
 from ds4convert.report.inspected import Choice, Holding, Listed, Quality, Subject
 from ds4convert.words import macs
@@ -92,6 +93,7 @@ def _subject(
     choices, holders = _worked_out(found, model)
     return Subject(
         name, word, found, repo, revision, tuple(_shape(found.inventory)), choices, holders, LEAST_CONTEXT,
+        tuple(n for n in recipes() if n != "fit" and choices and n not in {c.recipe for c in choices}),
         found.inventory is not None and bool(found.inventory.config.family.mapped_roles), files, kept,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,7 +17,7 @@ from ds4convert.checkpoint import advice
 from ds4convert.checkpoint.config import parse_config
 from ds4convert.checkpoint.inventory import Inventory, expected
 from ds4convert.checkpoint.types import JSON
-from ds4convert.errors import UsageError
+from ds4convert.errors import InputError, UsageError
 from ds4convert.fit.memory import is_mapped
 from ds4convert.fit.size_budget import HEADER_BYTES_PER_TENSOR, SMALL_FILES
 from ds4convert.planning.encodings import ENCODERS
@@ -82,8 +83,12 @@ class Candidate:
 
 
 def candidates(inventory: Inventory) -> list[Candidate]:
-    """Return what each recipe that ships makes of a model, the largest first."""
-    found = [_candidate(r, inventory) for r in recipes().values() if r.name != "fit"]
+    """Return what each recipe that ships makes of a model, the largest first; none whose groups do not divide it."""
+    found = []
+    for recipe in recipes().values():
+        if recipe.name != "fit":
+            with suppress(InputError):
+                found.append(_candidate(recipe, inventory))
     return sorted(found, key=lambda c: (-c.folder, c.recipe.name))
 
 
