@@ -40,6 +40,12 @@ def test_the_name_of_the_program_alone_prints_its_help_in_lines() -> None:
     assert (alone.out or alone.err).strip() == run_process("--help").out.strip() and "Error" not in alone.err
 
 
+@pytest.mark.parametrize(("option", "said"), [("--jobs", "a whole number"), ("--confidence", "a number")])
+def test_what_is_no_number_is_said_to_be_none(option: str, said: str) -> None:
+    refused = run("verify", DEMO, option, "many")
+    assert refused.code == 2 and f"'many' is not {said}" in refused.err and "range" not in refused.err
+
+
 def test_help_groups_all_commands_and_cuts_no_sentence_off() -> None:
     text = run("--help").out
     assert "..." not in text.partition("\n")[2] and all(len(row) <= 80 for row in text.splitlines())
