@@ -94,11 +94,13 @@ class Command(click.Command):
         try:
             rest = super().parse_args(ctx, args)
         except click.BadParameter as e:
+            told = e.message
             for theirs, ours in KINDS.items():
-                e.message = e.message.replace(theirs, ours)
-            if e.param is None or ctx.get_parameter_source(str(e.param.name)) is not FROM_ENVIRONMENT:
+                told = told.replace(theirs, ours)
+            if e.param is not None and ctx.get_parameter_source(str(e.param.name)) is FROM_ENVIRONMENT:
+                told += f" {from_environment([e.param])}"
+            if told == e.message:
                 raise
-            told = f"{e.message} {from_environment([e.param])}"
             raise click.BadParameter(told, e.ctx, e.param, e.param_hint) from None
 
         for param in self.params:
