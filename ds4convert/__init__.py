@@ -22,13 +22,14 @@ Importing the package loads nothing else: each function is loaded when it is fir
 TYPE_CHECKING = False  # type checkers take a name like this as true
 
 if TYPE_CHECKING:
+    from ds4convert.api.asking.inspecting import inspect
     from ds4convert.api.calibrating import calibrate
     from ds4convert.api.comparing import diff
     from ds4convert.api.conversion import convert, plan
     from ds4convert.api.deriving import graft, relayout
     from ds4convert.api.generating import load
     from ds4convert.api.hub import publish, pull
-    from ds4convert.api.opening import inspect, open
+    from ds4convert.api.opening import open
     from ds4convert.api.verifying import verify
     from ds4convert.errors import (
         ConfigError,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "api.calibrating", "convert": "api.conversion", "diff": "api.comparing", "graft": "api.deriving",
-    "inspect": "api.opening", "load": "api.generating", "open": "api.opening", "plan": "api.conversion",
+    "inspect": "api.asking.inspecting", "load": "api.generating", "open": "api.opening", "plan": "api.conversion",
     "publish": "api.hub", "pull": "api.hub", "relayout": "api.deriving", "verify": "api.verifying",
     "ConfigError": "errors", "Ds4Error": "errors", "EnvironmentFault": "errors", "FindingsError": "errors",
     "HeaderError": "errors", "InputError": "errors", "InventoryError": "errors", "OutputError": "errors",

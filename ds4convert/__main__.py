@@ -200,9 +200,16 @@ def _fail(session: Session, failure: Failure, prefix: str = "Error: ") -> int:
     return failure.code
 
 
+NO_ARGUMENTS: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click raises for a group without a command, whose message is all of its help; click 8.1 prints that itself."""
+
+
 def _usage(e: click.ClickException) -> None:
     """Print what click found wrong: usage, hint, and the message in one line, as arguments may be names of files."""
     context = e.ctx if isinstance(e, click.UsageError) else None
+    if context is not None and isinstance(e, NO_ARGUMENTS):  # nothing was typed but the program's name
+        click.echo(context.get_help(), err=True)
+        return
     if context is not None:
         click.echo(context.get_usage(), err=True)
         click.echo(f"Try '{context.command_path} --help' for help.\n", err=True)

@@ -57,6 +57,7 @@ FILES = {
         "test_shards.py",
     ],
     "publishing": ["test_published_card.py"],
+    "report": ["test_hostile_names.py"],
     "serving": ["test_fields.py", "test_replies.py"],
     "storage": ["test_wrappers.py", "test_strict_json.py", "test_local_files.py", "untrusted/test_fields.py"],
     "tools": ["test_structure.py", "test_docs_site.py"],

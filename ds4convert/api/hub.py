@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +16,7 @@ from ds4convert.hub import repo as repos
 from ds4convert.hub.names import split_name
 from ds4convert.hub.pulling import part as pull_part
 from ds4convert.hub.pulling import whole as pull_whole
+from ds4convert.hub.records import Repo
 from ds4convert.publishing import package as packages
 from ds4convert.publishing import upload
 from ds4convert.publishing.package import Package
@@ -30,6 +31,7 @@ class PullOptions(OptionRecord):
 
     revision: str | None = text(None)
     only: str = one_of(PARTS, "all")
+    dry_run: bool = flag(False)
     jobs: int = number(8, 1, 64)
     token: str | None = field(default=None, repr=False)
     endpoint: str | None = text(None)
@@ -40,6 +42,7 @@ class PullChoices(TypedDict, total=False):
 
     revision: str | None
     only: Literal["all", "mtp", "backbone", "meta"]
+    dry_run: bool
     jobs: int
     token: str | None
     endpoint: str | None
@@ -47,7 +50,7 @@ class PullChoices(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was downloaded: the folder, and its files."""
+    """What was downloaded, or with `dry_run` would be: the folder, and its files."""
 
     folder: Path
     facts: Mapping[str, Any] = field(repr=False)
@@ -73,9 +76,9 @@ def pull(
 ) -> Pulled:  # fmt: skip
     """Download a repo of the Hub into a folder, or a part of it: the head by byte range, the backbone, the small files.
 
-    Without `folder` it has the repo's name, with -mtp, -backbone or -meta behind it for such a part. Called again after
-    an interruption, it goes on. Raises `InputError` for a repo that is refused, `EnvironmentFault` where the Hub, the
-    network or the disk fails.
+    Without `folder` it has the repo's name, with -mtp, -backbone or -meta behind it for such a part. With `dry_run` the
+    files are listed (`sizes`), and nothing is written. Called again after an interruption, it goes on. Raises
+    `InputError` for a repo that is refused, `EnvironmentFault` where the Hub, the network or the disk fails.
 
     >>> import ds4convert as ds4
     >>> ds4.pull("me/checkpoint", "head", only="mtp").files  # doctest: +SKIP
@@ -88,12 +91,26 @@ def pull(
     target = Path(found.name.rpartition("/")[2] + suffix if folder is None else folder)
     if settled.only in {"mtp", "backbone"}:
         selection = pull_part.select(found, settled.only, settled.jobs)
+        if settled.dry_run:
+            return _listed(found, target, selection.sizes())
         with listener.counting("pulling", selection.size) as count:
             return Pulled(target, pull_part.pull_part(selection, target, settled.jobs, count))
     whole = settled.only == "all"
+    if settled.dry_run:
+        return _listed(found, target, [(f.name, f.size) for f in pull_whole.files_of(found, whole)])
     files = [f for f in found.files if whole or not f.name.endswith(".safetensors")]
     with listener.counting(f"pulling {len(files)} files", sum(f.size for f in files)) as count:
         return Pulled(target, pull_whole.pull_files(found, target, whole, settled.jobs, count))
+
+
+def _listed(repo: Repo, folder: Path, sizes: Sequence[tuple[str, int]]) -> Pulled:
+    """Return what would be downloaded; what of it is in the folder already is not looked at."""
+    told = [{"name": name, "bytes": size} for name, size in sizes]
+    facts = {
+        "repo": repo.name, "revision": repo.commit, "folder": str(folder), "files": [name for name, _ in sizes],
+        "bytes": sum(size for _, size in sizes), "bytes_received": 0, "dry_run": True, "sizes": told,
+    }  # fmt: skip
+    return Pulled(folder, facts)
 
 
 @dataclass(frozen=True)

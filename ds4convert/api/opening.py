@@ -1,4 +1,4 @@
-"""`open` and `inspect`; and how every function finds the checkpoint it is given: by a path, by a repo, or opened."""
+"""`open`, and what `inspect` looks at; how every function finds its checkpoint: by a path, by a repo, or opened."""
 
 from __future__ import annotations
 
@@ -120,27 +120,20 @@ def open(source: Place) -> Opened:
         return source
     found = located(source)
     path, repo = (found, None) if isinstance(found, Path) else (None, found)
-    return Opened(os.fspath(source), path, repo, inspect(found))
+    return Opened(os.fspath(source), path, repo, look(found))
 
 
-def inspect(
-    source: Place | Listing | None = None, *, config: PathLike | None = None, tensors: str | None = None,
+def look(
+    source: Place | Listing | None = None, config: PathLike | None = None, tensors: str | None = None,
     say: MessageCallback | None = None,
 ) -> Inspected:  # fmt: skip
-    """Return what a checkpoint is and holds: family, kind of head, bytes per group, what does not fit its config.
+    """Return what a checkpoint is and holds, from its headers; with `config`, what a model of that config holds.
 
-    `source` is a folder, a file, or a repo of the Hub, of which headers alone are read. With `config` (a file, or the
-    name of one that ships with the package: `flash`, `pro`, `tiny`, `flash-v41`) it is what a model of that config
-    holds. `tensors` is a shell pattern: the tensors whose names match are listed under `matching`. `say` is warned of
-    zeros that tell of an unfinished download. Raises `InputError` for what cannot be read as a checkpoint.
-
-    >>> import ds4convert as ds4
-    >>> found = ds4.inspect("checkpoint", tensors="mtp.0.?_proj.weight")
-    >>> found.head_kind, found.problems, len(found.as_json()["matching"])
-    ('classic', (), 2)
+    `say` is warned of zeros that tell of an unfinished download. Raises `InputError` for what cannot be read as a
+    checkpoint, and `UsageError` unless either `source` or `config` is given.
     """
     if isinstance(source, Opened):
-        return Inspected(source.inspected.facts, tensors) if config is None else inspect(source.name, config=config)
+        return Inspected(source.inspected.facts, tensors) if config is None else look(source.name, config)
     if source is None or config is not None:
         source_or_config(None if source is None else "given", config)
         assert config is not None

@@ -19,7 +19,7 @@ from ds4convert.converted import verify_record
 from ds4convert.errors import EnvironmentFault, UsageError
 from ds4convert.inference.several.ranks import team, together
 from ds4convert.planning.parts import Part
-from ds4convert.report import html
+from ds4convert.report import html, pages
 from ds4convert.report.setting import Setting
 from ds4convert.verification import run
 from ds4convert.verification.checks import Check, work
@@ -162,7 +162,7 @@ def verify(
         base = local(folder, "no such folder")
         request = _request(base, settled)
         if settled.report is not None and launched.is_first():
-            html.check_target(settled.report)
+            pages.check_target(settled.report)
     with listener.counting("verifying", work(base, settled.source is not None)) as count:
         outcome = run.run(request, listener.note, count, ranks)
     if settled.mtp and settled.drafter is None and launched.is_first():  # what is kept is told of the folder's own head

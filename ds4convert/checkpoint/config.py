@@ -79,6 +79,10 @@ class ModelConfig:
         """Return the file with its keys by the dotted names that the family has for them."""
         return self.family.flat(self.raw)
 
+    def value(self, key: str) -> Any:
+        """Return the value of a key of the text model, however deep the family has it; None where it is not there."""
+        return next((v for k, v in self.flat.items() if k.rpartition(".")[2] == key), None)
+
     def with_stages(self, stages: int) -> ModelConfig:
         """Return the config with the number of head stages that the tensors show where it promises none.
 

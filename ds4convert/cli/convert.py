@@ -12,7 +12,7 @@ import click
 from ds4convert.cli.options import PART, conversion_options
 from ds4convert.cli.session import Session, common, is_given
 from ds4convert.cli.shell.group import also_called, cli
-from ds4convert.cli.shell.kinds import CONFIG, FOLDER, RESULT, SOURCE, Size
+from ds4convert.cli.shell.kinds import CONFIG, FOLDER, PATH, RESULT, SOURCE, Size
 from ds4convert.words import terminal
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     help="Say what such a model holds, from its config alone.",
 )
 @click.option("--tensors", metavar="GLOB", help="List the tensors whose names match.")
+@click.option("--report", "page", type=PATH, metavar="FILE.html", help="Write one self-contained page to decide by: "
+              "recipes, Macs, formats, bytes, where it comes from, what is proven.")  # fmt: skip
 @common()
-def inspect(session: Session, src: str | None, config: str | None, tensors: str | None) -> None:
+def inspect(session: Session, src: str | None, config: str | None, tensors: str | None, page: Path | None) -> None:
     """Show what a checkpoint is and holds, from its headers alone.
 
     Of a folder on this machine a few places are looked at as well: zeros tell of a download that was not finished.
@@ -37,12 +39,13 @@ def inspect(session: Session, src: str | None, config: str | None, tensors: str 
     \b
     Example: ds4convert inspect DeepSeek-V4-Flash
              ds4convert inspect hf://deepseek-ai/DeepSeek-V4-Flash
+             ds4convert inspect hf://deepseek-ai/DeepSeek-V4-Flash --report flash.html
              ds4convert inspect --config flash --tensors 'mtp.0.*proj*'
     """
-    from ds4convert.api import opening
+    from ds4convert.api.asking import inspecting
     from ds4convert.report import text as report
 
-    found = opening.inspect(src, config=config, tensors=tensors, say=session.hear)
+    found = inspecting.inspect(src, config=config, tensors=tensors, report=page, say=session.hear)
     if tensors is None:
         session.result(found.as_json(), partial(report.inspection, found.facts))
     else:

@@ -21,6 +21,7 @@ from ds4convert.words import terminal
 @click.option("--revision", metavar="R", help="Branch, tag or commit. [default: main]")
 @click.option("--only", type=OneOf(["all", "mtp", "backbone", "meta"]), default="all", show_default=True,
               help="The head's tensors, all others, or just the small files.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="List the files with their sizes; write nothing.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Connections.")
 @click.option("--token", help="Of the Hub. [default: HF_TOKEN, or that of `hf auth login`]")
 @click.option("--endpoint", metavar="URL", help="Of the Hub. [default: HF_ENDPOINT, or huggingface.co]")
@@ -36,11 +37,16 @@ def pull(session: Session, repo: str, dest: Path | None, **choices: Any) -> None
 
     \b
     Example: ds4convert pull deepseek-ai/DeepSeek-V4-Flash --only mtp
+             ds4convert pull deepseek-ai/DeepSeek-V4-Flash --dry-run
     """
     from ds4convert.api import hub
+    from ds4convert.report import text as report
 
     with session.listening() as heard:
         done = hub.pull(repo, dest, hub.PullOptions(**choices), **heard)
+    if choices["dry_run"]:
+        session.emit(done.as_json(), report.dry_pull)
+        return
     session.emit(
         done.as_json(),
         f"{terminal.line(done.folder)}: {len(done.files)} files, {done.facts['bytes']:,} bytes, "

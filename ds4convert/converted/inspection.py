@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ds4convert.checkpoint import config
@@ -14,8 +14,8 @@ from ds4convert.checkpoint.headers import DTYPE_BYTES
 from ds4convert.checkpoint.inventory import HEAD, HEAD_GROUPS, Inventory, TensorSpec, compare, expected, group_of
 from ds4convert.checkpoint.source import Source
 from ds4convert.checkpoint.tensors import LogicalTensor
-from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, LeftOut, TensorInfo
-from ds4convert.converted import grouping, names
+from ds4convert.checkpoint.types import DRAFTER, JSON, Finding, LeftOut, Provenance, TensorInfo
+from ds4convert.converted import grouping, names, rounding_losses
 from ds4convert.converted.folder import MlxFolder, is_drafter
 from ds4convert.converted.grouping import Item
 from ds4convert.converted.modules import ConvertedModel
@@ -38,7 +38,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts of one checkpoint. `format` is official, mlx, config (no tensors were read) or plain."""
+    """The facts of one checkpoint. `format` is official, mlx, config (no tensors were read) or plain.
+
+    `inventory` is what its config implies, with the head that is there; None where nothing says what it should hold.
+    `matrices` says, per group and layer, how the matrices are stored where no manifest tells it.
+    `origin` is the repo and commit that an official checkpoint on this machine says it came from.
+    """
 
     family: str | None
     format: str
@@ -49,6 +54,9 @@ class Inspection:
     note: str = ""
     manifest: Manifest | None = None
     left_out: tuple[LeftOut, ...] = ()
+    inventory: Inventory | None = field(default=None, repr=False)
+    matrices: tuple[LayerLoss, ...] = field(default=(), repr=False)
+    origin: Provenance | None = None
 
     @property
     def size(self) -> int:
@@ -64,6 +72,10 @@ class Inspection:
         """Return per group: name, tensors, bytes, dtypes; in the order of first appearance."""
         found = grouping.by_role(Item(r.group, r.dtype, "", r.size) for r in self.rows)
         return [g.as_json("dtypes") for g in found]
+
+    def layers(self) -> tuple[LayerLoss, ...]:
+        """Return how the matrices of each group and layer are stored; () where it is not known what the tensors are."""
+        return self.manifest.layers() if self.manifest else self.matrices
 
     def losses(self) -> tuple[LayerLoss, ...]:
         """Return what rounding cost per group and layer, where a manifest tells it."""
@@ -128,7 +140,19 @@ def inspect_config(raw: bytes, where: str) -> Inspection:
     """Return what a model of this config holds, from the config alone."""
     inventory = expected(config.parse_config(raw, where))
     rows = tuple(_expected_row(s) for s in inventory.tensors())
-    return Inspection(inventory.config.family.name, "config", inventory.head_kind, rows, _weights(inventory), (), where)
+    weights = _weights(inventory)
+    name = inventory.config.family.name
+    return Inspection(
+        name,
+        "config",
+        inventory.head_kind,
+        rows,
+        weights,
+        (),
+        where,
+        inventory=inventory,
+        matrices=rounding_losses.of_official(inventory),
+    )
 
 
 def _expected_row(spec: TensorSpec) -> Row:
@@ -155,7 +179,7 @@ def _source(source: Source) -> Inspection:
     groups = {s.name: group_of(s.part, s.role) for s in inventory.tensors()}
     is_of_head = inventory.config.family.is_of_head
     groups |= {n: f"{HEAD_GROUPS}unknown" for n in found if is_of_head(n) and n not in groups}
-    present = {m for m in inventory.modules if m.weight_name() in found or m.fused is not None}
+    present = [m for m in inventory.modules if m.weight_name() in found or m.fused is not None]
     has_head = any(is_of_head(n) for n in found)
     alone = has_head and all(is_of_head(n) for n in found)
     if alone:
@@ -171,6 +195,9 @@ def _source(source: Source) -> Inspection:
         problems=tuple(problems),
         note="" if not alone else "A head alone, complete" if not problems else "A head alone, without its backbone",
         left_out=source.checkpoint.left_out,
+        inventory=None if alone else inventory,
+        matrices=rounding_losses.of_official(replace(inventory, modules=tuple(present))),
+        origin=source.origin,
     )
 
 
@@ -190,6 +217,8 @@ def _mlx(found: ConvertedModel) -> Inspection:
         problems=tuple(problems),
         note="" if found.record or not found.found.is_here else _whose(found, problems),
         manifest=found.record,
+        inventory=found.inventory,
+        matrices=() if found.record else rounding_losses.of_folder(folder.view.tensors.values()),
     )
 
 

@@ -14,7 +14,7 @@ from ds4convert.checkpoint.inventory import HEAD, group_of
 from ds4convert.checkpoint.types import JSON, LeftOut, Provenance
 from ds4convert.converted import grouping, rounding_losses
 from ds4convert.converted.grouping import Group, Item
-from ds4convert.converted.rounding_losses import LayerLoss, Matrix
+from ds4convert.converted.rounding_losses import NEVER_ROUNDED, LayerLoss, Matrix
 from ds4convert.formats.codecs import CODECS
 from ds4convert.planning.types import Link, Place, RoundingError, SourceRecord, Tool
 from ds4convert.storage import strict_json
@@ -23,8 +23,6 @@ from ds4convert.storage.untrusted.fields import Fields
 VERSION = 1
 DIGEST = "digest"
 """The key of the sha256 of the rest (canonical JSON), so that the account itself cannot change unnoticed."""
-
-NEVER_ROUNDED = {"router", "norm"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,17 @@
-"""What rounding cost, by layer and role: for `inspect`, the model card and the report's picture."""
+"""Formats and what rounding cost, by layer and role: for `inspect`, the model card and the pages' pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ds4convert.checkpoint.headers import DTYPE_BYTES
+from ds4convert.checkpoint.inventory import Inventory, Module, group_of
+from ds4convert.checkpoint.tensors import LogicalTensor
 from ds4convert.checkpoint.types import JSON
+
+NEVER_ROUNDED = {"router", "norm"}
+"""Roles that no recipe rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,34 @@ class GroupLoss:
     max_abs: float
     worst: float
     worst_layer: int | None
+
+
+def of_official(inventory: Inventory) -> tuple[LayerLoss, ...]:
+    """Return how the matrices of an official checkpoint are stored, per group and layer; nothing is lost there."""
+    return by_layer(_official(m) for m in inventory.modules if m.is_module and m.role not in NEVER_ROUNDED)
+
+
+def _official(m: Module) -> Matrix:
+    shape, dtypes = m.weight_spec()
+    size = DTYPE_BYTES[dtypes[0]] * shape[0] * shape[1]
+    if m.has_scale:
+        rows, cols = m.scale_shape()
+        size += DTYPE_BYTES[m.scale_dtype] * rows * cols
+    name = m.store if m.has_scale else dtypes[0].lower()
+    return Matrix(group_of(m.part, m.role), m.block, name, m.weights, 8 * size / (m.shape[0] * m.shape[1]), 0.0, 0.0)
+
+
+def of_folder(tensors: Iterable[LogicalTensor]) -> tuple[LayerLoss, ...]:
+    """Return how the matrices of a converted folder are stored, per group and layer; its losses are not known here."""
+    return by_layer(_stored(tensors))
+
+
+def _stored(tensors: Iterable[LogicalTensor]) -> Iterator[Matrix]:
+    for t in tensors:
+        if t.name.endswith(".weight") and len(t.shape) >= 2 and t.role not in NEVER_ROUNDED:
+            count = t.matrices * t.rows * t.cols
+            name = "mxfp4" if t.store == "fp4" else t.store
+            yield Matrix(group_of(t.part, t.role), t.layer, name, count, 8 * t.size / count, 0.0, 0.0)
 
 
 @dataclass

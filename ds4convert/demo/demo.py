@@ -41,7 +41,7 @@ def run(folder: Path, say: Say) -> JSON:
     say("A small DeepSeek-V4, trained on the King James Bible: 4 layers and the MTP head, in the official format.")
     facts["copied"] = _copy(source, embedded.CLASSIC)
     _show(say, f"ds4convert inspect {source}", "what is in it, from the headers alone")
-    found = opening.inspect(source)
+    found = opening.look(source)
     facts["inspect"] = found.as_json()
     say(text.inspection(found.facts, clean(facts["inspect"])))
     _show(say, f"ds4convert quantize {source} {result} --keep-mtp", "to MLX, value for value, head included")

@@ -1,102 +1,56 @@
-"""One self-contained page about a converted folder, by which someone decides whether to download it.
+"""The page of `verify --report`, by which someone decides whether to download a converted folder.
 
-No script, no font, no request to anywhere; what is drawn is beside its number or has a text of its own, so the page
-reads on a phone, on paper and with a screen reader. Shows what `verify --json` says, what the manifest tells, and where
-it was measured. What is shown is decided here and in the modules beside, how in `manifests/pages/report.html.jinja`,
-which escapes every value.
+Shows what `verify --json` says, what the manifest tells, and where it was measured.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds4convert.converted.records import Manifest
-from ds4convert.errors import EnvironmentFault, OutputError
-from ds4convert.files import Disk
-from ds4convert.report import maps, measured, setting
-from ds4convert.report.drawings import Bar, Bars, Section
+from ds4convert.report import maps, measured, pages, setting
+from ds4convert.report.drawings import Section
+from ds4convert.report.pages import Key, Tile
 from ds4convert.report.setting import Setting
 from ds4convert.verification.facts import Facts, Measurement, SourceKL, record_of
 from ds4convert.verification.request import Outcome
 from ds4convert.words.figures import size
-from ds4convert.words.project import version
-from ds4convert.words.templates import rendered
 
 if TYPE_CHECKING:
     from ds4convert.evaluate.layerwise import LayerwiseResult
     from ds4convert.evaluate.reference import Compared
-
-TEMPLATE = "report.html.jinja"
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A figure at the top of the page: what it is, the figure, and what it is of."""
-
-    label: str
-    figure: str
-    note: str = ""
 
 
 def page(name: str, outcome: Outcome, where: Setting | None = None, record: Manifest | None = None) -> str:
     """Return the page about the folder called `name`, from what `verify` found and its manifest tells."""
     facts = outcome.facts
     failed = [c for c in outcome.checks if not c.ok]
-    values = {
-        "name": name,
-        "version": version(),
-        "about": _about(record),
-        "failed": failed,
-        "passed": len(outcome.checks) - len(failed),
-        "verdict": facts.mtp.verdict if facts.mtp else "",
-        "tiles": list(_tiles(facts, record)),
-        "details": [c for c in failed if not facts.mtp or c.detail not in facts.mtp.verdict],
-        "groups": list(_side_by_side([*_sections(facts, record), *_made(facts, where or Setting(), record)])),
-        "files": None if record is None else setting.files(record),
-        "reference": [_key(c) for c in facts.reference or ()],
-        "checks": outcome.checks,
-    }
-    return rendered(TEMPLATE, {}, values) + "\n"
-
-
-def check_target(path: Path) -> None:
-    """Raise `OutputError` where a file that is no page stands in the place of the page to be written."""
-    if not path.exists():
-        return
-    start = b""
-    if path.is_file():
-        with path.open("rb") as f:
-            start = f.read(512)
-    if not start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise OutputError(f"{path}: is there, and no HTML page; it is not replaced: name another file")
+    passed = len(outcome.checks) - len(failed)
+    sentence = facts.mtp.verdict if facts.mtp else ""
+    made = pages.Page(
+        name=name,
+        kind="report of verify",
+        about="" if record is None else pages.about(record),
+        is_good=not failed,
+        verdict=f"Not good: {', '.join(c.name for c in failed)}"
+        if failed
+        else f"Good: every check passed, {passed} of {passed}",
+        sentence=sentence,
+        details=[f"{c.name}: {c.detail}" for c in failed if not sentence or c.detail not in sentence],
+        tiles=list(_tiles(facts, record)),
+        sections=[*_sections(facts, record), *_made(facts, where or Setting(), record)],
+        files=None if record is None else setting.files(record),
+        reference=[_key(c) for c in facts.reference or ()],
+        checks=outcome.checks,
+    )
+    return made.as_html()
 
 
 def write(path: Path, folder: Path, outcome: Outcome, where: Setting) -> None:
-    """Write the page. The folder's own name is shown, never the path to it.
-
-    Whole or not at all; raises `EnvironmentFault` where the disk refuses.
-    """
-    disk = Disk()
-    try:
-        disk.write_file(path, page(folder.resolve().name, outcome, where, record_of(folder)).encode())
-    except OSError as e:
-        raise EnvironmentFault(
-            f"{path}: the report could not be written: {e.strerror}", hint="name another file"
-        ) from e
-
-
-def _about(record: Manifest | None) -> str:
-    """Return the line below the name: what the folder is."""
-    if record is None:
-        return ""
-    source = record.source
-    place = f"from {source.repo}{f' at {source.revision[:12]}' if source.revision else ''}" if source.repo else ""
-    words = (record.family, f"recipe {record.recipe}", f"layout {record.layout}", place)
-    return " · ".join(w for w in words if w)
+    """Write the page. The folder's own name is shown, never the path to it. Raises as `pages.write` does."""
+    pages.write(path, page(folder.resolve().name, outcome, where, record_of(folder)))
 
 
 def _sections(facts: Facts, record: Manifest | None) -> Iterator[Section]:
@@ -107,19 +61,7 @@ def _sections(facts: Facts, record: Manifest | None) -> Iterator[Section]:
         found = (maps.formats(record.layers(), groups), maps.losses(record.losses(), groups))
         yield from (s for s in found if s is not None)
     if groups:
-        most = max(g.size for g in groups) or 1
-        bars = [
-            Bar(maps.name_of(g.name), g.size / most, size(g.size), ", ".join(g.formats), "a" if g.is_of_head else "b")
-            for g in groups
-        ]
-        parts = [Bars("", ("Role", "Bytes", "Formats"), bars)]
-        yield Section("bytes", "Bytes by role", "The roles of the head are in colour.", parts, "Bytes")
-
-
-def _side_by_side(sections: Sequence[Section]) -> Iterator[list[Section]]:
-    """Yield sections in groups: a wide one alone, those between two of them together, to stand in columns."""
-    for _, group in itertools.groupby(enumerate(sections), lambda x: x[0] if x[1].wide else -1):
-        yield [s for _, s in group]
+        yield pages.bytes_by_role(groups, "formats")
 
 
 def _made(facts: Facts, where: Setting, record: Manifest | None) -> Iterator[Section]:
@@ -132,7 +74,8 @@ def _made(facts: Facts, where: Setting, record: Manifest | None) -> Iterator[Sec
     if (how := setting.measured(where, computed)) is not None:
         yield how
     if record is not None:
-        yield setting.origin(record)
+        told = "As the folder's manifest tells it; the checks above say whether the folder is as it tells."
+        yield setting.origin(record, told)
 
 
 # --- the figures at the top ------------------------------------------------------------------------------------------
@@ -179,16 +122,6 @@ def _layerwise_tiles(run: LayerwiseResult) -> Iterator[Tile]:
     yield Tile("Perplexity", f"{run.converted.perplexity:.4g}", f"{run.converted.tokens:,} tokens")
     yield Tile("Peak memory", size(run.memory.peak_rss), "of the layer-wise run")
     yield Tile("Largest layer", size(run.memory.largest_layer), "as stored")
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One key of a recording: whether it agrees, by how much it differs, and why it does not agree."""
-
-    key: str
-    ok: bool
-    difference: str
-    detail: str
 
 
 def _key(c: Compared) -> Key:

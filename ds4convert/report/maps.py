@@ -23,8 +23,11 @@ Step = tuple[str, str, str]
 """Of a row of a map: its colour, its name, and what it says."""
 
 
-def formats(rows: Sequence[LayerLoss], groups: Sequence[Group]) -> Section | None:
-    """Return the map of formats, with what is in no layer and the bytes of each role below; None without matrices."""
+def formats(rows: Sequence[LayerLoss], groups: Sequence[Group], said: str = "") -> Section | None:
+    """Return the map of formats, with what is in no layer and the bytes of each role below; None without matrices.
+
+    `said` is what people have to know of it first.
+    """
     if not rows:
         return None
     lanes = list(_lanes(rows, groups, _format))
@@ -43,8 +46,8 @@ def formats(rows: Sequence[LayerLoss], groups: Sequence[Group]) -> Section | Non
         ),
     ]
     note = (
-        "A line per role, a column per layer of the backbone: the darker, the more bits. Empty: the layer has no such "
-        "matrix. Norms and routers are never rounded."
+        f"{said}A line per role, a column per layer of the backbone: the darker, the more bits. Empty: the layer has "
+        "no such matrix. Norms and routers are never rounded."
     )
     return Section("formats", "Format by layer and role", note, parts, "Formats", wide=True)
 

@@ -33,10 +33,9 @@ def measured(setting: Setting, computed: str) -> Section | None:
     return Section("machine", "How it was measured", note, [Terms(rows, CODE)], "Machine")
 
 
-def origin(record: Manifest) -> Section:
-    """Return where the folder comes from and how it was made, as its manifest tells it."""
+def origin(record: Manifest, note: str) -> Section:
+    """Return where the folder comes from and how it was made, as its manifest tells it; `note` stands above."""
     rows = list(_origin(record))
-    note = "As the folder's manifest tells it; the checks above say whether the folder is as it tells."
     return Section("origin", "Where it comes from", note, [Terms(rows, CODE)], "Origin")
 
 

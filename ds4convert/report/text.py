@@ -327,6 +327,13 @@ def _error(t: JSON) -> str:
     return str(t.get("detail", ""))
 
 
+def dry_pull(facts: JSON) -> str:
+    """Return what `pull` would download."""
+    rows = table(("file", "bytes"), [(f["name"], size(f["bytes"])) for f in facts["sizes"]])
+    last = f"{facts['repo']} at {facts['revision']}: {len(facts['sizes'])} files, {size(facts['bytes'])}"
+    return "\n".join([rows, "", f"{last}, into {facts['folder']}. Nothing was written."])
+
+
 def publication(facts: JSON) -> str:
     """Return what `publish` did."""
     lines = [

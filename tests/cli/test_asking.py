@@ -61,7 +61,7 @@ def test_a_longer_context_leaves_room_for_less() -> None:
     assert [r["recipe"] for r in short["recipes"]] == ["q2"] and long["recipes"] == [] and long["by_layer"] is None
     assert "No recipe fits." in run("recommend", "--mac", "128GB", "--context", 1_000_000).out
     context = short["recipes"][0]["context"]
-    room = recommending.Room(short["usable_bytes"], 4096, recommending._args(_flash()))
+    room = recommending.Room(short["usable_bytes"], 4096, recommending.args_of(_flash()))
     weights = short["recipes"][0]["output_bytes"]
     assert room.needs(weights, context) <= room.usable < room.needs(weights, context + 64)
 
@@ -92,7 +92,7 @@ def test_every_figure_of_quality_stands_in_the_place_that_it_names() -> None:
 
 
 def test_a_family_that_is_not_run_is_compared_by_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recommending, "_args", lambda inventory: None)
+    monkeypatch.setattr(recommending, "args_of", lambda inventory: None)
     facts = run("recommend", "--mac", "512GB", "--model", "flash-v41", "--json").json
     assert facts["runs"] is False and {r["context"] for r in facts["recipes"]} == {None} and facts["by_layer"] is None
     assert "does not run it yet" in run("recommend", "--mac", "512GB", "--model", "flash-v41").out

@@ -117,6 +117,9 @@ def test_rapid_mlx_finds_the_head_and_loads_every_tensor_of_it(tmp_path: Path) -
     told = {f"dspark_{k}": getattr(found, k) for k in ("num_layers", "block_size", "noise_token_id", "markov_rank")}
     told |= {"dspark_target_layer_ids": list(found.target_layer_ids), "quantization": table}
     model, _ = load(
-        tmp_path / "mlx", strict=True, model_config=told, get_model_classes=lambda config: (theirs.Model, theirs.ModelArgs)
+        tmp_path / "mlx",
+        strict=True,
+        model_config=told,
+        get_model_classes=lambda config: (theirs.Model, theirs.ModelArgs),
     )
     assert len(model.mtp) == 3

@@ -1,1 +1,1 @@
-"""The report and the page of `serve` in a real browser: pictures of them for docs/, and what has to hold of them."""
+"""The pages of `inspect`, `verify` and `serve` in a real browser: pictures for docs/, and what has to hold."""

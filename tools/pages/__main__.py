@@ -1,10 +1,11 @@
-"""Make the pictures of docs/pictures, and check both pages on the way.
+"""Make the pictures of docs/pictures, and check every page on the way.
 
     python -m tools.pages [--out docs/pictures] [--check]
 
-Converts the demo checkpoint with its DSpark head, writes its report, serves it, talks to the page, and takes pictures
-at three widths. Needs a Chromium. Exits with 1 where something does not hold that `checker` asks for; `--check` asks it
-of every width in light and dark and writes nothing.
+Converts the demo checkpoint with its DSpark head, writes the report of `verify` and the page of `inspect` about the
+result, that of `inspect` about Flash's config, serves the folder, talks to the page, and takes pictures of all.
+Needs a Chromium, and the package installed. Exits with 1 where something does not hold that `checker` asks for;
+`--check` asks it of every width in light and dark and writes nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TEXT = "And it came to pass in those days, that"
 QUESTION = "And he said unto the people of the land"
 
 PICTURES = {
+    "source": ((1280, 1140, "light", "body"),),
+    "folder": ((390, 844, "dark", "body"),),
     "report": ((1280, 1140, "light", "body"), (768, 1140, "light", "#texts"), (390, 1140, "dark", "#formats")),
     "serve": ((1280, 860, "light", "body"), (768, 860, "light", "body"), (390, 844, "dark", "body")),
 }
@@ -51,11 +54,11 @@ def main() -> int:
         return 4
     with tempfile.TemporaryDirectory(prefix="pages-") as found:
         work = Path(found)
-        folder, report = made(work)
+        folder, files = made(work)
         with serving(folder) as url, Browser(work / "profile") as browser:
-            pages = {"report": report.as_uri(), "serve": url}
+            pages = {name: path.as_uri() for name, path in files.items()} | {"serve": url}
             told = [f"{name}: {x}" for name, at in pages.items() for x in visited(browser, name, at, asked)]
-    print("\n".join(told) or "every check of both pages holds")
+    print("\n".join(told) or "every check of every page holds")
     return 1 if told else 0
 
 
@@ -97,16 +100,22 @@ def talk(browser: Browser) -> None:
         browser.wait("!running")
 
 
-def made(work: Path) -> tuple[Path, Path]:
-    """Convert the demo with its DSpark head at 4 bits and write its report; returns both paths."""
-    source, folder, report = work / "demo", work / NAME, work / "report.html"
+def made(work: Path) -> tuple[Path, dict[str, Path]]:
+    """Convert the demo with its DSpark head at 4 bits; return the folder, and the pages about it by name.
+
+    "source" is what `inspect` tells of Flash from its config, "folder" what it tells of the folder once it is verified.
+    """
+    source, folder = work / "demo", work / NAME
+    found = {name: work / f"{name}.html" for name in ("source", "folder", "report")}
     source.mkdir()
     for name, data in embedded.files(embedded.DSPARK):
         (source / name).write_bytes(data)
     run("quantize", source, folder, "--recipe", "q4", "-q")
     run("verify", folder, "--source", source, "--mtp", "--max-tokens", 64, "--prompts", PROMPTS, "--dtype", "float32",
-        "--report", report, "-q")  # fmt: skip
-    return folder, report
+        "--report", found["report"], "-q")  # fmt: skip
+    run("inspect", "--config", "flash", "--report", found["source"], "-q")
+    run("inspect", folder, "--report", found["folder"], "-q")
+    return folder, found
 
 
 def command(*words: object) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,7 +17,8 @@ from ds4convert.checkpoint import advice
 from ds4convert.checkpoint.config import parse_config
 from ds4convert.checkpoint.inventory import Inventory, expected
 from ds4convert.checkpoint.types import JSON
-from ds4convert.errors import UsageError
+from ds4convert.errors import InputError, UsageError
+from ds4convert.fit.memory import is_mapped
 from ds4convert.fit.size_budget import HEADER_BYTES_PER_TENSOR, SMALL_FILES
 from ds4convert.planning.encodings import ENCODERS
 from ds4convert.planning.recipes import Recipe, recipes
@@ -44,14 +46,15 @@ def recommend(mac: int | str, model: str = "flash", context: int | None = None) 
         raise UsageError(f"--model {model}: expected {advice.either(MODELS)}{advice.did_you_mean(model, MODELS)}")
     memory = mac_size(mac)
     inventory = expected(parse_config(config_bytes(model), model))
-    room = Room(macs.usable(memory), context or LEAST_CONTEXT, _args(inventory))
-    rows = [_row(r, inventory, room, model) for r in recipes().values() if r.name != "fit"]
-    rows.sort(key=lambda r: (-r["output_bytes"], r["recipe"]))
-    fits = [r for r in rows if r.pop("fits")]
+    room = Room(macs.usable(memory), context or LEAST_CONTEXT, args_of(inventory))
     known = known_facts()["models"][model]
-    for row in fits:
-        row["command"] = _command(known, ["--recipe", row["recipe"]], row["recipe"])
-    others = [r | {"needs_mac_bytes": _smallest(r, room)} for r in rows if r not in fits]
+    fits, others = [], []
+    for found in candidates(inventory):
+        row, name = _row(found, inventory, room, model), found.recipe.name
+        if room.holds(found.held):
+            fits.append(row | {"command": _command(known, ["--recipe", name], name)})
+        else:
+            others.append(row | {"needs_mac_bytes": smallest_mac(found.held, room)})
     chosen = _command(known, ["--mac", f"{memory / macs.GIB:g}GB"], f"{memory / macs.GIB:g}")
     return document(
         {
@@ -60,6 +63,45 @@ def recommend(mac: int | str, model: str = "flash", context: int | None = None) 
             "too_large": others, "by_layer": chosen if fits and room.args else None,
         }
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe for a model: the bytes of its tensors (`tensors`), of all that a folder has beside them too, at most
+    (`folder`), and of that what hosts read from the disk, row by row, and never hold (`mapped`).
+    """
+
+    recipe: Recipe
+    tensors: int
+    folder: int
+    mapped: int = 0
+
+    @property
+    def held(self) -> int:
+        """Return the bytes that lie in memory, at most."""
+        return self.folder - self.mapped
+
+
+def candidates(inventory: Inventory) -> list[Candidate]:
+    """Return what each recipe that ships makes of a model, the largest first; none whose groups do not divide it."""
+    found = []
+    for recipe in recipes().values():
+        if recipe.name != "fit":
+            with suppress(InputError):
+                found.append(_candidate(recipe, inventory))
+    return sorted(found, key=lambda c: (-c.folder, c.recipe.name))
+
+
+def _candidate(recipe: Recipe, inventory: Inventory) -> Candidate:
+    sizes = [ENCODERS[recipe.format_of(m)](m).size_bytes for m in inventory.modules]
+    total = sum(sizes)
+    mapped = sum(n for n, m in zip(sizes, inventory.modules, strict=True) if is_mapped(inventory, m))
+    return Candidate(recipe, total, total + beside(3 * len(sizes)), mapped)
+
+
+def beside(tensors: int) -> int:
+    """Return the bytes that a folder of so many tensors has beside them, at most."""
+    return tensors * HEADER_BYTES_PER_TENSOR + SMALL_FILES
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,10 @@ class Room:
 
         return weights + cache_size_bytes(self.args, context, 2) + working_set_bytes(self.args)
 
+    def holds(self, weights: int) -> bool:
+        """Return whether there is room for so many bytes of weights, and for the least of tokens."""
+        return self.needs(weights, self.least) <= self.usable
+
     def longest(self, weights: int, most: int) -> int:
         """Return the most tokens, up to `most`, that there is room for; 0 for none."""
         low, high = 0, most
@@ -87,7 +133,8 @@ class Room:
         return low
 
 
-def _args(inventory: Inventory) -> ModelArgs | None:
+def args_of(inventory: Inventory) -> ModelArgs | None:
+    """Return the sizes of a model that runs here; None of a family that does not."""
     if not inventory.config.family.runs:
         return None
     from ds4convert.inference.load import read_args
@@ -95,22 +142,24 @@ def _args(inventory: Inventory) -> ModelArgs | None:
     return read_args(dict(inventory.config.raw), "the config")
 
 
-def _row(recipe: Recipe, inventory: Inventory, room: Room, model: str) -> JSON:
-    sizes = [ENCODERS[recipe.format_of(m)](m).size_bytes for m in inventory.modules]
-    weights = sum(sizes) + 3 * len(sizes) * HEADER_BYTES_PER_TENSOR + SMALL_FILES
-    longest = None
-    if room.args is not None:
-        longest = room.longest(weights, int(inventory.config.raw.get("max_position_embeddings", 1 << 20)))
-    fits = room.needs(weights, room.least) <= room.usable
+def _row(found: Candidate, inventory: Inventory, room: Room, model: str) -> JSON:
+    recipe = found.recipe
+    longest = None if room.args is None else room.longest(found.held, most_tokens(inventory))
     return {
-        "recipe": recipe.name, "description": recipe.description, "output_bytes": weights, "context": longest,
-        "quality": measured(model, recipe.name), "demo_quality": measured("demo", recipe.name), "fits": fits,
+        "recipe": recipe.name, "description": recipe.description, "output_bytes": found.folder, "context": longest,
+        "quality": measured(model, recipe.name), "demo_quality": measured("demo", recipe.name),
     }  # fmt: skip
 
 
-def _smallest(row: JSON, room: Room) -> int | None:
-    """Return the memory of the smallest Mac that holds a recipe, None where none does."""
-    need = room.needs(row["output_bytes"], room.least)
+def most_tokens(inventory: Inventory) -> int:
+    """Return the longest context that the model's config allows; 1,048,576 where it does not say."""
+    found = inventory.config.value("max_position_embeddings")
+    return found if type(found) is int and found > 0 else 1 << 20
+
+
+def smallest_mac(held: int, room: Room) -> int | None:
+    """Return the memory of the smallest Mac with room for so many bytes of weights, None where none has it."""
+    need = room.needs(held, room.least)
     return next((n * macs.GIB for n in macs.SIZES if n <= LARGEST_MAC and macs.usable(n * macs.GIB) >= need), None)
 
 

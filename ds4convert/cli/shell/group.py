@@ -64,6 +64,9 @@ SECRET = ("token", "api_key")
 """Parameters whose values are never shown."""
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 FROM_ENVIRONMENT = click.core.ParameterSource.ENVIRONMENT
+KINDS = {"is not a valid integer range": "is not a whole number", "is not a valid float range": "is not a number"}
+"""What click says of a value that is no number, and what it means."""
+
 ENVIRONMENT = f"Defaults may stand in the environment: {PREFIX}_JOBS for --jobs, and so on."
 
 
@@ -92,9 +95,13 @@ class Command(click.Command):
         try:
             rest = super().parse_args(ctx, args)
         except click.BadParameter as e:
-            if e.param is None or ctx.get_parameter_source(str(e.param.name)) is not FROM_ENVIRONMENT:
+            told = e.message
+            for theirs, ours in KINDS.items():
+                told = told.replace(theirs, ours)
+            if e.param is not None and ctx.get_parameter_source(str(e.param.name)) is FROM_ENVIRONMENT:
+                told += f" {from_environment([e.param])}"
+            if told == e.message:
                 raise
-            told = f"{e.message} {from_environment([e.param])}"
             raise click.BadParameter(told, e.ctx, e.param, e.param_hint) from None
 
         for param in self.params:

@@ -95,6 +95,11 @@ class Selection:
         """Return the bytes of the shards."""
         return sum(t.size for t in self.targets)
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return the files that are fetched with their bytes; the index is made here."""
+        small = [(f.name, f.size) for f in small_files(self.repo) if f.name != INDEX_NAME]
+        return sorted([*small, *((t.name, t.size) for t in self.targets)])
+
     @property
     def id(self) -> str:
         """Return what an unfinished folder has to agree in to be gone on with."""

@@ -68,6 +68,22 @@ class _Fetch:
         return size
 
 
+def files_of(repo: Repo, with_shards: bool) -> list[RemoteFile]:
+    """Return the files of a repo that are downloaded. Raises `InputError` for a repo that is refused."""
+    # A repo that was uploaded from a pulled folder has that folder's record; ours takes its place.
+    offered = [f for f in repo.files if f.name != PULL_RECORD]
+    wanted = [f for f in offered if with_shards or not f.name.endswith(".safetensors")]
+    if not wanted:
+        raise InputError(f"{repo.name}: holds no file to download")
+    names = {f.name for f in wanted}
+    if both := sorted(n for n in names if n + PARTIAL in names):
+        raise InputError(
+            f"{repo.name}: holds {show(both[0])} and {show(both[0] + PARTIAL)}, the name under which the former is "
+            "written while it is not whole; refused. Nothing was written"
+        )
+    return wanted
+
+
 def pull_files(
     repo: Repo, dest: Path, with_shards: bool, jobs: int, progress: Progress, say: Say = lambda text: None
 ) -> JSON:
@@ -76,17 +92,7 @@ def pull_files(
     Return the facts for the report. Raises `OutputError` for a folder that is not usable, `EnvironmentFault` where the
     Hub fails for good or a file's bytes come wrong twice.
     """
-    # A repo that was uploaded from a pulled folder has that folder's record; ours takes its place.
-    offered = [f for f in repo.files if f.name != PULL_RECORD]
-    wanted = [f for f in offered if with_shards or not f.name.endswith(".safetensors")]
-    if not wanted:
-        raise InputError(f"{repo.name}: holds no file to download")
-    offered_names = {f.name for f in wanted}
-    if both := sorted(n for n in offered_names if n + PARTIAL in offered_names):
-        raise InputError(
-            f"{repo.name}: holds {show(both[0])} and {show(both[0] + PARTIAL)}, the name under which the former is "
-            "written while it is not whole; refused. Nothing was written"
-        )
+    wanted = files_of(repo, with_shards)
     for path in (dest, dest / STATE_FOLDER, *_places(dest, wanted)):
         if path.is_symlink():
             raise OutputError(f"{path}: is a link", hint="remove it, or choose another folder")

@@ -34,6 +34,18 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- help ---
 
 
+def test_the_name_of_the_program_alone_prints_its_help_in_lines() -> None:
+    alone = run_process()
+    assert alone.code in {0, 2} and "\\n" not in alone.err, "click 8.1 ends with 0, newer ones with 2"
+    assert (alone.out or alone.err).strip() == run_process("--help").out.strip() and "Error" not in alone.err
+
+
+@pytest.mark.parametrize(("option", "said"), [("--jobs", "a whole number"), ("--confidence", "a number")])
+def test_what_is_no_number_is_said_to_be_none(option: str, said: str) -> None:
+    refused = run("verify", DEMO, option, "many")
+    assert refused.code == 2 and f"'many' is not {said}" in refused.err and "range" not in refused.err
+
+
 def test_help_groups_all_commands_and_cuts_no_sentence_off() -> None:
     text = run("--help").out
     assert "..." not in text.partition("\n")[2] and all(len(row) <= 80 for row in text.splitlines())

@@ -17,3 +17,4 @@ def test_publish_and_pull_tell_what_their_schemas_say(call: Call, folder: Path, 
     validate("publish", call("publish", folder, REPO, "--json").json)
     validate("pull", call("pull", REPO, tmp_path / "all", "--json").json)
     validate("pull", call("pull", REPO, tmp_path / "meta", "--only", "meta", "--json").json)
+    validate("pull", call("pull", REPO, tmp_path / "none", "--dry-run", "--json").json)

@@ -263,3 +263,14 @@ def test_a_killed_pull_goes_on_to_the_same_bytes(
     assert call("pull", REPO, "out", "--only", only).code == 0
     assert wanted_of(only, mini_source, tmp_path / "out")
     assert not (tmp_path / "out" / ".ds4convert").exists()
+
+
+@pytest.mark.parametrize("only", ["all", "meta", "mtp", "backbone"])
+def test_a_dry_run_lists_what_a_run_then_fetches_and_writes_nothing(call: Call, tmp_path: Path, only: str) -> None:
+    dry = call("pull", REPO, tmp_path / "out", "--only", only, "--dry-run", "--json")
+    assert dry.code == 0 and not (tmp_path / "out").exists() and dry.json["bytes_received"] == 0
+    assert "Nothing was written." in call("pull", REPO, tmp_path / "out", "--only", only, "--dry-run").out
+    assert call("pull", REPO, tmp_path / "out", "--only", only).code == 0
+    made = {"ds4convert_pull.json"} | ({"model.safetensors.index.json"} if only in {"mtp", "backbone"} else set())
+    sizes = {n: (tmp_path / "out" / n).stat().st_size for n in tree(tmp_path / "out")}
+    assert {f["name"]: f["bytes"] for f in dry.json["sizes"]} == {n: s for n, s in sizes.items() if n not in made}

@@ -26,6 +26,7 @@ ELSEWHERE = {
     *("--trust-remote-code",),  # mlx-lm
     *("--mtp-model", "--q-bits"),  # ds4; mlx_vlm.convert
     *("--num-cpus",),  # ray start
+    *("--install-completion",),  # hf
 }
 """Options of other programs, which pages name."""
 

@@ -7,17 +7,13 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from ds4convert.checkpoint.types import LeftOut
 from ds4convert.converted.grouping import Group
-from ds4convert.converted.records import FileRecord, HeadRecord, Manifest, TensorRecord
 from ds4convert.evaluate.forced import Invariance, SourceDivergence
 from ds4convert.evaluate.reference import Compared
-from ds4convert.planning.types import Link, Place, RoundingError, Tool
 from ds4convert.report import html
 from ds4convert.report.drawings import Lane, Lanes, Pair, Pairs, Span
 from ds4convert.report.setting import Setting
@@ -39,47 +35,12 @@ from ds4convert.verification.facts import (
     Word,
 )
 from ds4convert.verification.request import Outcome
+from tests.html_pages import parse
+from tests.report.hostile import EVIL, evil_record
 from tests.support import run
 from tests.verification.mtp.folders import DEMO
 from tools.pages import checker
 from tools.pages.browser import Browser, program
-
-VOID = {"meta"}
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects text, tags and attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def parse(text: str) -> Page:
-    page = Page()
-    page.feed(text)
-    page.close()
-    assert page.open == []
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -158,22 +119,6 @@ def test_native_conversion_has_no_divergence_from_its_source(written: tuple[Path
     kl = written[1]["kl"]
     assert set(kl) == {"backbone", "head"}
     assert all(part["maximum"] < 1e-6 and part["argmax_equal"] == 1 for part in kl.values())
-
-
-EVIL = "<script>alert(1)</script>"
-
-
-def evil_record() -> Manifest:
-    """A manifest in which whatever may be a text is markup."""
-    error = RoundingError(0.1, 0.2, 4.5)
-    tensors = tuple(
-        TensorRecord(f"{n}.weight", EVIL, 0, 8, EVIL, (2, 2), EVIL, EVIL, EVIL, n, (EVIL,), EVIL, EVIL, {}, EVIL, error)
-        for n in (None, 0, 1)
-    )
-    return Manifest(
-        Tool(EVIL, EVIL), EVIL, HeadRecord(EVIL, 1), EVIL, {EVIL: EVIL}, EVIL, EVIL, Place((), EVIL, EVIL), tensors,
-        (FileRecord(EVIL, 1, EVIL, EVIL),), (LeftOut(EVIL, EVIL),), (LeftOut(EVIL, EVIL),), EVIL, (Link(EVIL, {}, None),), EVIL,
-    )  # fmt: skip
 
 
 def test_no_name_text_or_prompt_becomes_markup_anywhere_on_the_page() -> None:
