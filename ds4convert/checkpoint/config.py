@@ -206,6 +206,12 @@ def _number(
     return value
 
 
+def _has(table: Mapping[str, Any], key: str) -> bool:
+    """Return whether a model has what a key tells of; a text model may say 0 of the blocks of a tower."""
+    value = keys.get(table, key)
+    return value is not None and not (type(value) is int and value == 0)
+
+
 def _found(table: Mapping[str, Any], key: str) -> str:
     """Say what stands under a key; where nothing does, why it was looked for: a model_type may be a wrong one."""
     there = keys.get(table, key, keys.ABSENT)
@@ -224,7 +230,7 @@ def _whole_numbers(table: Mapping[str, Any], key: str, where: str, most: int = M
 def _mark(rule: MarkRule, table: Mapping[str, Any], layers: int, where: str) -> Mark:
     """Return the blocks that a mark is on."""
     if rule.has:
-        there = keys.get(table, rule.has) is not None
+        there = _has(table, rule.has)
         return Mark(there, frozenset(), there)
     if rule.before:
         count = _number(table, rule.before, where, least=0, default=0)
@@ -268,7 +274,7 @@ def _layer_dims(
 def _tower_dims(family: Family, number: int, table: Mapping[str, Any], where: str) -> dict[str, int]:
     """Return the dims of a tower, its blocks as "n"; nothing where the config has no such tower."""
     tower = family.towers[number]
-    if keys.get(table, tower.needs) is None:
+    if not _has(table, tower.needs):
         return {}
     dims = {symbol: _number(table, key, where) for symbol, key in tower.dims.items()}
     return dims | {"n": _number(table, tower.count, where, most=MAX_TENSORS // BLOCK_TENSORS)}

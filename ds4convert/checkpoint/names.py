@@ -23,7 +23,7 @@ class Speller:
             name = name.removeprefix(prefix)
         if block := self._family.block_of(name):
             return name[: block.start("tail")] + self._tail(block["tail"])
-        return self._tail(name)
+        return name if is_known(self._family, name) else self._tail(name)
 
     def _tail(self, tail: str) -> str:
         known = self._tails.get(tail)
