@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ds4convert.errors import ConfigError, InputError, InventoryError
 from ds4convert.formats.codecs import CODECS, Codec
 from ds4convert.inference.deepseek_v4.config import ModelArgs
+from ds4convert.inference.deepseek_v4.images import without_images
 from ds4convert.words.terminal import show
 
 from .arguments import implementation, read_args, with_usual_table
 from .head_folder import check_same_model, drafter_place, head_of, merged_config, without_head
-from .images import without_images
 from .tensor_files import Stored, read_config, read_weights, stored_tensors, weight_files
 from .tokens import compressed_ids
 

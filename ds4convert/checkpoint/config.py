@@ -79,6 +79,11 @@ class ModelConfig:
         """Return the file with its keys by the dotted names that the family has for them."""
         return self.family.flat(self.raw)
 
+    @property
+    def has_tower(self) -> bool:
+        """Return whether it describes a tower beside the text model."""
+        return any(self.towers)
+
     def with_stages(self, stages: int) -> ModelConfig:
         """Return the config with the number of head stages that the tensors show where it promises none.
 

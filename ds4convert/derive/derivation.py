@@ -213,7 +213,7 @@ def relaid(base: Stored, layout: Layout, model_source: bytes) -> Assembly:
     A drafter folder that is a second copy of the head is not read: the copy in the folder itself is.
     """
     kind, stages = base.folder.head_kind, base.inventory.stages
-    layout = layout.wanted_of(base.inventory.config.family)
+    layout = layout.wanted_of(base.inventory.config.family, base.inventory.config.has_tower)
     places = layout.places(base.inventory.config.family, kind, stages) if base.has_head else ()
     drawing = Drawing()
     backbone, head = ([stored.shaped(m, layout) for m in base.of(part)] for part in (BACKBONE, HEAD))
@@ -244,7 +244,8 @@ def without_head(base: Stored, model_source: bytes) -> Assembly:
 
 def layout_of_stored(base: Stored) -> Layout:
     """Return the layout that the manifest names, else the default one, as it is for the folder's family."""
-    return (base.layout or layout_of("inline")).wanted_of(base.inventory.config.family)
+    config = base.inventory.config
+    return (base.layout or layout_of("inline")).wanted_of(config.family, config.has_tower)
 
 
 def account_of(

@@ -108,7 +108,8 @@ def _layout(base: Stored, request: Request) -> Layout:
     """Return the layout of the result, as it is for the folder's family: the one asked for, else the folder's own."""
     if request.layout is None:
         return derivation.layout_of_stored(base)
-    return request.layout.wanted_of(base.inventory.config.family)
+    config = base.inventory.config
+    return request.layout.wanted_of(config.family, config.has_tower)
 
 
 def _without_left_out(joined: Stored) -> Stored:

@@ -106,8 +106,9 @@ def build(
         what_to_do = advised.advice(findings, inventory.config, named.tensors, names)
         raise advised.findings_error(findings, what_to_do)
     has_head = inventory.head_kind != "none" and options.keep_mtp
-    layout = options.layout.wanted_of(family)
-    places = layout.places(family, inventory.head_kind, inventory.stages) if has_head else ()
+    kind = inventory.head_kind if has_head else "none"
+    layout = options.layout.wanted_of(family, inventory.config.has_tower, kind)
+    places = layout.places(family, kind, inventory.stages) if has_head else ()
     options = replace(options, layout=layout, recipe=options.recipe.of(inventory).bound(layout.formats))
     encoded = encode(inventory, options)
     if not options.keep_mtp:
@@ -118,7 +119,7 @@ def build(
     unsigned = Plan(
         id="",
         family=family.name,
-        head_kind=inventory.head_kind if has_head else "none",
+        head_kind=kind,
         layout=layout.name,
         recipe=options.recipe.name,
         formats=options.recipe.as_formats(),

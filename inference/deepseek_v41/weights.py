@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..deepseek_v4.images import is_of_images
 from ..deepseek_v4.weights import HeadStatus, _as_stored, canonical_name, head_status, stack_experts
-from ..images import is_of_images
 from .config import ModelArgs
 
 TABLE = ".engram.embed."

@@ -386,8 +386,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]] = 
         ("NVFP4", "ModelOpt", "weight_scale_2"),
     ),
     "packed names": ({}, {"layers.1.attn.wq_a.weight_packed": Tensor("U8", [2], bytes(2))}, ("compressed-tensors",)),
-    "a vision tower": ({}, {"vision.norm.weight": Tensor("BF16", [2], bytes(4))}, ("vision tower", "text release")),
-    "a vision router": ({}, {"layers.1.ffn.gate.bias_vl": Tensor("F32", [2], bytes(8))}, ("vision tower",)),
+    "another tower": ({}, {"vision_tower.norm.weight": Tensor("BF16", [2], bytes(4))}, ("a vision tower", "Vision-Exp")),
     "LoRA": ({}, {"layers.1.attn.wq_a.lora_A.weight": Tensor("BF16", [2], bytes(4))}, ("LoRA", "merge")),
     "bitsandbytes": ({}, {"layers.1.attn.wq_a.weight.absmax": Tensor("F32", [2], bytes(8))}, ("bitsandbytes",)),
 }

@@ -14,6 +14,7 @@ from ds4convert.checkpoint.advice import offers
 from ds4convert.checkpoint.config import ModelConfig
 from ds4convert.checkpoint.families.rows import EXPERT
 from ds4convert.checkpoint.family import Family, HeadKind
+from ds4convert.checkpoint.names import Speller, general
 from ds4convert.checkpoint.published.foreign import OFFICIAL
 from ds4convert.checkpoint.types import Finding, TensorInfo
 from ds4convert.errors import FindingsError
@@ -58,7 +59,7 @@ def advice(
         return HEAD_ALONE
     if kinds == {"missing"} and all(family.is_of_head(f.tensor) for f in findings):
         return _head(findings, config, found, files)
-    if told := _odd_expert(findings, found, family) or _scales(findings, found):
+    if told := _tower(findings, config, found) or _odd_expert(findings, found, family) or _scales(findings, found):
         return told
     if told := _experts(config, found):
         return told
@@ -104,6 +105,32 @@ def _kinds(config: ModelConfig) -> list[HeadKind]:
     """Return the kind of head that the config describes, if its stages are not counted there."""
     head = config.family.heads.get(config.head_hint)
     return [head] if head is not None and head.stages_from != "config" else []
+
+
+def _tower(findings: Sequence[Finding], config: ModelConfig, found: Mapping[str, TensorInfo]) -> str | None:
+    """Return what to do where a tower is there and not in the config, or in the config and not there."""
+    family, kinds = config.family, {f.kind for f in findings}
+    spell = Speller(family).official
+    names = {general(family, spell(f.tensor)) for f in findings}
+    for tower in family.towers:
+        tails = family.tower_tails(tower)
+        if not names <= tails or len(kinds) > 1:
+            continue
+        if kinds == {"extra"}:
+            keys = ", ".join(dict.fromkeys((tower.needs, tower.count, *tower.dims.values())))
+            return (
+                f"these belong to a {tower.title}, which config.json does not describe ({tower.needs}). To keep it, copy "
+                f"its keys ({keys}) from the config.json of the release that it is from; to do without, take these "
+                "tensors out of the files and the index, or convert the text release of the same model"
+            )
+        own = {official for r in (*tower.root, *tower.rows) for _, official in r.tails()}
+        if kinds == {"missing"} and not any(general(family, name) in own for name in found):
+            return (
+                f"config.json describes a {tower.title} ({tower.needs}), and none of its tensors is here. If the text "
+                f"model was saved without it, take {tower.needs} out of config.json; else download the files that hold "
+                "it"
+            )
+    return None
 
 
 MOST_LOOKED_AT = 20
