@@ -386,7 +386,11 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]] = 
         ("NVFP4", "ModelOpt", "weight_scale_2"),
     ),
     "packed names": ({}, {"layers.1.attn.wq_a.weight_packed": Tensor("U8", [2], bytes(2))}, ("compressed-tensors",)),
-    "another tower": ({}, {"vision_tower.norm.weight": Tensor("BF16", [2], bytes(4))}, ("a vision tower", "Vision-Exp")),
+    "another tower": (
+        {},
+        {"vision_tower.norm.weight": Tensor("BF16", [2], bytes(4))},
+        ("a vision tower", "Vision-Exp"),
+    ),
     "LoRA": ({}, {"layers.1.attn.wq_a.lora_A.weight": Tensor("BF16", [2], bytes(4))}, ("LoRA", "merge")),
     "bitsandbytes": ({}, {"layers.1.attn.wq_a.weight.absmax": Tensor("F32", [2], bytes(8))}, ("bitsandbytes",)),
 }

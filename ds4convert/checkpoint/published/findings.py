@@ -119,9 +119,9 @@ def _tower(findings: Sequence[Finding], config: ModelConfig, found: Mapping[str,
         if kinds == {"extra"}:
             keys = ", ".join(dict.fromkeys((tower.needs, tower.count, *tower.dims.values())))
             return (
-                f"these belong to a {tower.title}, which config.json does not describe ({tower.needs}). To keep it, copy "
-                f"its keys ({keys}) from the config.json of the release that it is from; to do without, take these "
-                "tensors out of the files and the index, or convert the text release of the same model"
+                f"these belong to a {tower.title}, which config.json does not describe ({tower.needs}). To keep it, "
+                f"copy its keys ({keys}) from the config.json of the release that it is from; to do without, take "
+                "these tensors out of the files and the index, or convert the text release of the same model"
             )
         own = {official for r in (*tower.root, *tower.rows) for _, official in r.tails()}
         if kinds == {"missing"} and not any(general(family, name) in own for name in found):

@@ -47,8 +47,8 @@ MARKS = (
      OFFICIAL),
     (r"\.absmax$|\.quant_state\.", "weights of bitsandbytes", OFFICIAL),
     (r"^(vision|vision_tower|visual|aligner)\.|^image_(start|end|newline|pad)$|\.bias_vl$",
-     "a vision tower in another spelling than DeepSeek's", "take the official release (V4 Vision-Exp and V4.1 have towers "
-     "that convert), or an export of the text model alone"),
+     "a vision tower in another spelling than DeepSeek's", "take the official release (the towers of V4 Vision-Exp and "
+     "V4.1 convert), or an export of the text model alone"),
     (r"\.engram\.", "engrams of DeepSeek-V4.1", "that is another model, which this version does not convert"),
 )  # fmt: skip
 """(names, what they are, a way on)."""
