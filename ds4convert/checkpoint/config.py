@@ -55,7 +55,8 @@ class ModelConfig:
     that each layer has its own of; `ratios` has one compress ratio per backbone layer, then one per head stage;
     `stages` is the number of head blocks that the config promises; `tile` is (rows, columns) per FP8 block scale;
     `towers` has the dims of each of the family's towers, and their number of blocks under "n"; `carriers` are the
-    layers that others lean on; `raw` is the whole parsed file.
+    layers that others lean on; `raw` is the whole parsed file. `pruned_from` is the number of experts that the file
+    states where the tensors show fewer, else 0.
     """
 
     family: Family
@@ -73,6 +74,7 @@ class ModelConfig:
     layer_dims: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     towers: tuple[Mapping[str, int], ...] = ()
     carriers: frozenset[int] = frozenset()
+    pruned_from: int = 0
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -83,6 +85,12 @@ class ModelConfig:
     def has_tower(self) -> bool:
         """Return whether it describes a tower beside the text model."""
         return any(self.towers)
+
+    def with_experts(self, left: int) -> ModelConfig:
+        """Return the config with the number of routed experts that the tensors show to be left of those it states."""
+        family, stated = self.family, self.dims[self.family.experts]
+        raw = family.unflat(self.flat | {family.dims[family.experts]: left})
+        return replace(self, dims={**self.dims, family.experts: left}, raw=raw, pruned_from=stated)
 
     def with_stages(self, stages: int) -> ModelConfig:
         """Return the config with the number of head stages that the tensors show where it promises none.

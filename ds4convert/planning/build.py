@@ -101,7 +101,8 @@ def build(
     names, family = tuple(s.name for s in sources), inventory.config.family
     findings = compare(inventory, named, names)
     if not options.keep_mtp:
-        findings = [f for f in findings if not (f.kind == "missing" and family.is_of_head(f.tensor))]
+        found = {info.name: name for name, info in named.tensors.items()} if findings else {}
+        findings = [f for f in findings if not family.is_of_head(found.get(f.tensor, f.tensor))]
     if findings:
         what_to_do = advised.advice(findings, inventory.config, named.tensors, names)
         raise advised.findings_error(findings, what_to_do)
