@@ -13,6 +13,7 @@ import pytest
 
 from tests import support_run as s
 from tests.checkpoint.families import vision
+from tests.support import run
 
 mx = pytest.importorskip("mlx.core")
 tree = pytest.importorskip("mlx.utils")
@@ -68,6 +69,23 @@ def test_the_tower_is_loaded_with_the_source_s_values(folders: dict[str, Path]) 
     assert features.shape == (3 * 2, 256) and bool(mx.isfinite(features).all())
 
 
+def test_mlx_vlm_s_own_converter_writes_the_same_values_under_the_same_names(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """models/deepseek_v4/convert.py, which drops the head: its folder is read here, and holds the source's values."""
+    converter = pytest.importorskip("mlx_vlm.models.deepseek_v4.convert")
+    source = s.copied(folders["source"], tmp_path / "source")  # it rewrites headers of E8M0 in place
+    converter.convert_deepseek_v4_vision(source, tmp_path / "theirs")
+    checks = run("verify", tmp_path / "theirs", "--source", folders["source"], "--json").json["checks"]
+    wrong = [c["name"] for c in checks if not c["ok"]]
+    assert wrong == ["finished", "head"], "no manifest, no head; all values are equal"
+    assert "values" in {c["name"] for c in checks}
+    theirs = {n.removeprefix("language_model."): v for n, v in s.stored(tmp_path / "theirs").items()}
+    ours = {n: v for n, v in s.stored(folders["inline"]).items() if not n.startswith("mtp.")}
+    assert theirs.keys() == ours.keys()
+
+
+@pytest.mark.nightly
 def test_text_has_the_logits_of_the_text_model(folders: dict[str, Path]) -> None:
     ids = np.random.default_rng(0).integers(0, 256, 12).tolist()
     wanted = logits(loaded(folders["text"]), ids)
