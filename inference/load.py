@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ds4convert.errors import ConfigError, InputError, InventoryError
 from ds4convert.formats.codecs import CODECS, Codec
 from ds4convert.inference.deepseek_v4.config import ModelArgs
+from ds4convert.inference.deepseek_v4.images import without_images
 from ds4convert.words.terminal import show
 
 from .arguments import implementation, read_args, with_usual_table
@@ -119,11 +120,12 @@ def _with_tables(model: Model, config: dict[str, Any], tables: dict[str, Stored]
 def build_model(config: dict[str, Any], weights: dict[str, mx.array], where: str) -> Model:
     """A model with these weights, all names and shapes checked; `where` names their origin in messages.
 
-    Of a family whose tables stay on disk, those are not among the weights, or are small enough to be.
+    What serves images alone is left out. Of a family whose tables stay on disk, those are not among the weights, or are
+    small enough to be.
     """
     import mlx.nn as nn
 
-    args = read_args(config, where)
+    args, weights = read_args(config, where), without_images(weights)
     if len(weights) < args.num_hidden_layers:
         raise InventoryError(f"{where}: {len(weights)} tensors for the {args.num_hidden_layers} layers of config.json")
     try:
@@ -229,9 +231,9 @@ def stored_parameters(folder: Path, drafter: Path | None = None) -> dict[str, St
 
 
 def held_parameters(folder: Path, drafter: Path | None = None) -> dict[str, Stored]:
-    """As `stored_parameters`, without what is read by rows and never held."""
+    """As `stored_parameters`, without what is read by rows or serves images, and is never held."""
     kept = implementation(read_args(read_config(folder), str(folder))).on_disk
-    found = stored_parameters(folder, drafter)
+    found = without_images(stored_parameters(folder, drafter))
     return {name: tensor for name, tensor in found.items() if kept is None or kept not in name}
 
 

@@ -25,7 +25,7 @@ from ds4convert.api.values import (
     text,
 )
 from ds4convert.checkpoint import advice
-from ds4convert.checkpoint.inventory import ratios_taken
+from ds4convert.checkpoint.inventory import taken
 from ds4convert.checkpoint.published import zeros
 from ds4convert.checkpoint.types import JSON
 from ds4convert.errors import UsageError
@@ -285,7 +285,7 @@ def _carried_out(
     source, plan_ = prepared.source, prepared.plan
     assert source is not None
     out = place if isinstance(place, Path) else result.folder_here(place, plan_, how.part)
-    if told := ratios_taken(source.inventory):
+    for told in taken(source.inventory):
         listener.note(told)
     for told in zeros.warnings(source.checkpoint) if source.checkpoint.is_here else ():
         listener.warn(told)

@@ -55,7 +55,8 @@ class ModelConfig:
     that each layer has its own of; `ratios` has one compress ratio per backbone layer, then one per head stage;
     `stages` is the number of head blocks that the config promises; `tile` is (rows, columns) per FP8 block scale;
     `towers` has the dims of each of the family's towers, and their number of blocks under "n"; `carriers` are the
-    layers that others lean on; `raw` is the whole parsed file.
+    layers that others lean on; `raw` is the whole parsed file. `pruned_from` is the number of experts that the file
+    states where the tensors show fewer, else 0.
     """
 
     family: Family
@@ -73,6 +74,7 @@ class ModelConfig:
     layer_dims: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     towers: tuple[Mapping[str, int], ...] = ()
     carriers: frozenset[int] = frozenset()
+    pruned_from: int = 0
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -82,6 +84,17 @@ class ModelConfig:
     def value(self, key: str) -> Any:
         """Return the value of a key of the text model, however deep the family has it; None where it is not there."""
         return next((v for k, v in self.flat.items() if k.rpartition(".")[2] == key), None)
+
+    @property
+    def has_tower(self) -> bool:
+        """Return whether it describes a tower beside the text model."""
+        return any(self.towers)
+
+    def with_experts(self, left: int) -> ModelConfig:
+        """Return the config with the number of routed experts that the tensors show to be left of those it states."""
+        family, stated = self.family, self.dims[self.family.experts]
+        raw = family.unflat(self.flat | {family.dims[family.experts]: left})
+        return replace(self, dims={**self.dims, family.experts: left}, raw=raw, pruned_from=stated)
 
     def with_stages(self, stages: int) -> ModelConfig:
         """Return the config with the number of head stages that the tensors show where it promises none.
@@ -210,6 +223,12 @@ def _number(
     return value
 
 
+def _has(table: Mapping[str, Any], key: str) -> bool:
+    """Return whether a model has what a key tells of; a text model may say 0 of the blocks of a tower."""
+    value = keys.get(table, key)
+    return value is not None and not (type(value) is int and value == 0)
+
+
 def _found(table: Mapping[str, Any], key: str) -> str:
     """Say what stands under a key; where nothing does, why it was looked for: a model_type may be a wrong one."""
     there = keys.get(table, key, keys.ABSENT)
@@ -228,7 +247,7 @@ def _whole_numbers(table: Mapping[str, Any], key: str, where: str, most: int = M
 def _mark(rule: MarkRule, table: Mapping[str, Any], layers: int, where: str) -> Mark:
     """Return the blocks that a mark is on."""
     if rule.has:
-        there = keys.get(table, rule.has) is not None
+        there = _has(table, rule.has)
         return Mark(there, frozenset(), there)
     if rule.before:
         count = _number(table, rule.before, where, least=0, default=0)
@@ -272,7 +291,7 @@ def _layer_dims(
 def _tower_dims(family: Family, number: int, table: Mapping[str, Any], where: str) -> dict[str, int]:
     """Return the dims of a tower, its blocks as "n"; nothing where the config has no such tower."""
     tower = family.towers[number]
-    if keys.get(table, tower.needs) is None:
+    if not _has(table, tower.needs):
         return {}
     dims = {symbol: _number(table, key, where) for symbol, key in tower.dims.items()}
     return dims | {"n": _number(table, tower.count, where, most=MAX_TENSORS // BLOCK_TENSORS)}

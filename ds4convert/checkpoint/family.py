@@ -120,6 +120,17 @@ class Family:
         towers = (r for t in self.towers for r in (*t.root, *t.rows))
         return (*self.root, *self.block, *towers, *(r for h in self.heads.values() for r in h.rows))
 
+    def tower_tails(self, tower: Tower) -> frozenset[str]:
+        """Return the names (as in `tails`) that tensors of a tower have, and those that blocks have because of it."""
+        marks = {name for name, rule in self.marks.items() if rule.has == tower.needs}
+        of_it = [r for r in self.block if any(not marks.isdisjoint(self.when[w].marked) for w in r.when)]
+        return frozenset(official for r in (*tower.root, *tower.rows, *of_it) for _, official in r.tails())
+
+    @cached_property
+    def tower_roles(self) -> frozenset[str]:
+        """Return the roles that only tensors of towers have."""
+        return frozenset(r.role for r in self.rows if r.apart) - {r.role for r in self.rows if not r.apart}
+
     @cached_property
     def expert_components(self) -> frozenset[str]:
         """Return the components of names that the number of an expert follows."""

@@ -29,6 +29,7 @@ from ds4convert.checkpoint.families.modules import (
 from ds4convert.checkpoint.families.rows import NUMBER
 from ds4convert.checkpoint.family import Family, Fused, HeadKind
 from ds4convert.checkpoint.names import Named, ignored_reason
+from ds4convert.checkpoint.published import pruning
 from ds4convert.checkpoint.types import Finding, TensorInfo
 from ds4convert.errors import InventoryError
 
@@ -66,6 +67,7 @@ def recognise(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Inventory
     absence shows as missing tensors. Raises `InventoryError` when the head is of no known kind, of two kinds, or
     of another kind than the config describes.
     """
+    config = pruning.as_left(config, found)
     kind, stages = _head_kind(config, found)
     hint = config.head_hint
     if kind != "none" and hint != "none" and kind != hint:
@@ -198,6 +200,11 @@ def _check_ratios(config: ModelConfig) -> None:
             f"{config.layers} layers and {stages} head stages need {wanted}",
             hint="add a 0 for each stage that lacks one",
         )
+
+
+def taken(inventory: Inventory) -> list[str]:
+    """Return notes on what the tensors were believed in, and not the config."""
+    return [told for told in (pruning.told(inventory.config), ratios_taken(inventory)) if told]
 
 
 def ratios_taken(inventory: Inventory) -> str:

@@ -23,7 +23,7 @@ class Speller:
             name = name.removeprefix(prefix)
         if block := self._family.block_of(name):
             return name[: block.start("tail")] + self._tail(block["tail"])
-        return self._tail(name)
+        return name if is_known(self._family, name) else self._tail(name)
 
     def _tail(self, tail: str) -> str:
         known = self._tails.get(tail)
@@ -74,9 +74,14 @@ def ignored_reason(family: Family, name: str) -> str | None:
 
 def is_known(family: Family, name: str) -> bool:
     """Return whether the family has a row for the official name `name`, in whichever blocks."""
+    return general(family, name) in family.tails
+
+
+def general(family: Family, name: str) -> str:
+    """Return an official name without the prefix of a block, and with `{n}` and `{expert}` for the numbers in it."""
     block = family.block_of(name)
     parts = (block["tail"] if block else name).split(".")
     for at, part in enumerate(parts):
         if part.isdigit():
             parts[at] = EXPERT if at and parts[at - 1] in family.expert_components else NUMBER
-    return ".".join(parts) in family.tails
+    return ".".join(parts)

@@ -77,7 +77,7 @@ def with_layout(base: ConvertedModules, layout: Layout, model_source: bytes) -> 
     A drafter folder that is a second copy of the head is not read: the copy in the folder itself is.
     """
     kind, stages = base.folder.head_kind, base.inventory.stages
-    layout = layout.wanted_of(base.inventory.config.family)
+    layout = layout.wanted_of(base.inventory.config.family, base.inventory.config.has_tower)
     places = layout.places(base.inventory.config.family, kind, stages) if base.has_head else ()
     builder = PlanBuilder()
     backbone, head = ([shaped(m, layout) for m in base.of(part)] for part in (BACKBONE, HEAD))
@@ -105,7 +105,8 @@ def without_head(base: ConvertedModules, model_source: bytes) -> Derivation:
 
 def layout_of_stored(base: ConvertedModules) -> Layout:
     """Return the layout that the manifest names, else the default one, as it is for the folder's family."""
-    return (base.layout or layout_of("inline")).wanted_of(base.inventory.config.family)
+    config = base.inventory.config
+    return (base.layout or layout_of("inline")).wanted_of(config.family, config.has_tower)
 
 
 def result_plan_of(

@@ -18,6 +18,7 @@ from ds4convert.checkpoint.families.rows import NUMBER
 from ds4convert.checkpoint.inventory import BACKBONE, HEAD, Inventory, key_of
 from ds4convert.checkpoint.inventory import compare as differences
 from ds4convert.checkpoint.names import Named, Speller, ignored_reason
+from ds4convert.checkpoint.published import pruning
 from ds4convert.checkpoint.published.findings import findings_error
 from ds4convert.checkpoint.source import Source
 from ds4convert.checkpoint.tensors import TensorView
@@ -108,7 +109,8 @@ def _layout(base: ConvertedModules, request: Request) -> Layout:
     """Return the layout of the result, as it is for the folder's family: the one asked for, else the folder's own."""
     if request.layout is None:
         return derivation.layout_of_stored(base)
-    return request.layout.wanted_of(base.inventory.config.family)
+    config = base.inventory.config
+    return request.layout.wanted_of(config.family, config.has_tower)
 
 
 def _without_left_out(joined: ConvertedModules) -> ConvertedModules:
@@ -198,11 +200,11 @@ def _check_head(source: Source) -> Inventory:
     doubled = tuple(pair for pair in source.named.doubled if pair[0] in {t.name for t in tensors.values()})
     findings = differences(inventory, Named(tensors, doubled), source.checkpoint.file_names)
     if findings:
-        raise findings_error(
-            findings,
+        not_whole = (
             f"{source.checkpoint.path}: the head is not whole; name a source that has all of it (the whole checkpoint, "
-            "or one pulled with --only mtp)",
+            "or one pulled with --only mtp)"
         )
+        raise findings_error(findings, pruning.advice(inventory.config, source.named.tensors) or not_whole)
     return inventory
 
 

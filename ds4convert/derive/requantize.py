@@ -63,7 +63,7 @@ def plan(base: ConvertedModules, options: build.Options) -> Again:
     """
     inventory = base.inventory
     has_head = base.has_head and options.keep_mtp
-    layout = options.layout.wanted_of(inventory.config.family)
+    layout = options.layout.wanted_of(inventory.config.family, inventory.config.has_tower)
     options = replace(options, layout=layout, recipe=options.recipe.of(inventory).bound(layout.formats))
     chosen = [modules.packed(m) for m in base.modules if m.module.part == BACKBONE or has_head]
     encoded = [(m.module, *_encode(m, options)) for m in chosen]

@@ -62,7 +62,7 @@ def fit(
     With sensitivities each kind of matrix in each layer has a format of its own, and the error is what they tell.
     Raises `UsageError` for a room that is too small, naming the smallest that is not.
     """
-    demanded = options.layout.wanted_of(inventory.config.family).formats
+    demanded = options.layout.wanted_of(inventory.config.family, inventory.config.has_tower).formats
     said = (*_said_roles(options.recipe), *demanded)
     options = replace(options, recipe=options.recipe.bound(demanded))
     optimiser = Optimiser(format_errors.options(inventory, errors, known, options.recipe.floor, said))

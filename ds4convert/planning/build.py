@@ -101,13 +101,15 @@ def build(
     names, family = tuple(s.name for s in sources), inventory.config.family
     findings = compare(inventory, named, names)
     if not options.keep_mtp:
-        findings = [f for f in findings if not (f.kind == "missing" and family.is_of_head(f.tensor))]
+        found = {info.name: name for name, info in named.tensors.items()} if findings else {}
+        findings = [f for f in findings if not family.is_of_head(found.get(f.tensor, f.tensor))]
     if findings:
         what_to_do = advised.advice(findings, inventory.config, named.tensors, names)
         raise advised.findings_error(findings, what_to_do)
     has_head = inventory.head_kind != "none" and options.keep_mtp
-    layout = options.layout.wanted_of(family)
-    places = layout.places(family, inventory.head_kind, inventory.stages) if has_head else ()
+    kind = inventory.head_kind if has_head else "none"
+    layout = options.layout.wanted_of(family, inventory.config.has_tower, kind)
+    places = layout.places(family, kind, inventory.stages) if has_head else ()
     options = replace(options, layout=layout, recipe=options.recipe.of(inventory).bound(layout.formats))
     encoded = encode(inventory, options)
     if not options.keep_mtp:
@@ -118,7 +120,7 @@ def build(
     unsigned = Plan(
         id="",
         family=family.name,
-        head_kind=inventory.head_kind if has_head else "none",
+        head_kind=kind,
         layout=layout.name,
         recipe=options.recipe.name,
         formats=options.recipe.as_formats(),

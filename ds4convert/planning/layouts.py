@@ -8,7 +8,7 @@ layout.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -32,7 +32,7 @@ class Host:
 
     `command` loads the folder DIR ("" where there is no such command line). `native_head`: it reads a head at the
     official checkpoint's own precision (or in BF16) alone. `kinds`: the heads it runs,
-    None where it runs every kind.
+    None where it runs every kind. `text_only`: it stops at tensors of a tower.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Host:
     command: str = ""
     native_head: bool = False
     kinds: Sequence[str] | None = None
+    text_only: bool = False
 
     def runs(self, kind: str) -> bool:
         """Return whether it drafts with a head of this kind; what is no head is no reason against it."""
@@ -122,7 +123,7 @@ class Layout:
     `backbone` is how it spells all but the head. `formats` are those that its hosts demand, by role or kind of matrix;
     `official` the roles of tables that they read in the official checkpoint's own dtypes, and `block` the table of
     config.json in which they look for all of this (`host_block`). `named_only`: it is one of the families alone whose
-    files name it.
+    files name it. `has_tower`: it is that of a model with a tower.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Layout:
     official: tuple[str, ...] = ()
     block: Mapping[str, Any] = field(default_factory=dict)
     named_only: bool = False
+    has_tower: bool = False
 
     def of(self, family: Family) -> Layout | None:
         """Return the layout as it is for a family, whose file may say that itself; None where no host loads it so."""
@@ -151,26 +153,40 @@ class Layout:
         official, block = tuple(table.get("official", ())), table.get("block", {})
         return replace(made, backbone=spelling, formats=formats, official=official, block=block)
 
-    def wanted_of(self, family: Family) -> Layout:
-        """Return the layout as it is for a family. Raises `InputError` where none of its hosts loads such models."""
+    def with_tower(self) -> Layout:
+        """Return the layout with those hosts that load a model which has a tower."""
+        return replace(self, hosts=tuple(h for h in self.hosts if not h.text_only), has_tower=True)
+
+    def wanted_of(self, family: Family, has_tower: bool = False, head_kind: str = "none") -> Layout:
+        """Return the layout as it is for a family, or for a model of it that `has_tower`; advice minds the head.
+
+        Raises `InputError` where none of its hosts loads such models.
+        """
         own = self.of(family)
+        if own is not None and has_tower and not own.with_tower().hosts:
+            ways = advice.for_head_place(self.name, _able(family, head_kind, True), False)
+            raise InputError(f"layout {self.name}: its hosts load the text model of {family.title} alone; {ways}")
         if own is None:
             able = [y.name for y in layouts().values() if y.of(family) is not None]
             here = " in it" if self.named_only else ""  # they may in another
             ways = advice.for_head_place(self.name, able, False)
             raise InputError(f"layout {self.name}: its hosts load no {family.title}{here}; {ways}")
-        return own
+        return own.with_tower() if has_tower else own
 
     def places(self, family: Family, head_kind: str, stages: int) -> tuple[HeadPlace, ...]:
         """Return the places of a head of this kind; `InputError` where the layout's hosts cannot load it."""
         places = tuple(p for p in self.wanted_of(family).heads if head_kind in p.kinds and stages <= p.max_stages)
         if not places:
-            able = [n for n, y in layouts().items() if any(head_kind in p.kinds for p in heads_of(y, family))]
-            raise InputError(
-                f"layout {self.name}: its hosts load no {head_kind} head of {stages} stage(s); "
-                f"{advice.for_head_place(self.name, able)}"
-            )
+            ways = advice.for_head_place(self.name, _able(family, head_kind, self.has_tower))
+            raise InputError(f"layout {self.name}: its hosts load no {head_kind} head of {stages} stage(s); {ways}")
         return places
+
+
+def _able(family: Family, head_kind: str, has_tower: bool) -> list[str]:
+    """Return the layouts whose hosts load models of a family with such a head ("none": without), and with a tower."""
+    own = ((y.name, y.of(family)) for y in layouts().values())
+    found = ((name, y.with_tower() if has_tower else y) for name, y in own if y is not None)
+    return [n for n, y in found if y.hosts and (head_kind == "none" or any(head_kind in p.kinds for p in y.heads))]
 
 
 def _place(table: Mapping[str, Any]) -> HeadPlace:
@@ -237,10 +253,14 @@ def head_stems_inside() -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.prefix.partition(STAGE)[0] for p in places))
 
 
-def layout_for(name: str, family: str) -> Layout:
-    """Return the layout called `name` as it is for the family called `family`, which a plan or a manifest names."""
+def layout_for(name: str, family: str, roles: Iterable[str] = ()) -> Layout:
+    """Return the layout called `name` as it is for the family called `family`, which a plan or a manifest names.
+
+    `roles` are those of the tensors, by which it is told whether the model has a tower.
+    """
     layout, known = layout_of(name), families().get(family)
-    return (known and layout.of(known)) or layout
+    own = (known and layout.of(known)) or layout
+    return own if known is None or known.tower_roles.isdisjoint(roles) else own.with_tower()
 
 
 def layout_of(name: str) -> Layout:

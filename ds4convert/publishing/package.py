@@ -115,7 +115,7 @@ def prepare(
         notes.append(f"{model_card.CARD_NAME} is your own and is sent as it is; remove it to have a card written")
     else:
         told = tuple(c.name for c in checks if c.ok)
-        layout = layout_for(record.layout, record.family) if record else None
+        layout = layout_for(record.layout, record.family, {t.role for t in record.tensors}) if record else None
         total = sum(f.size for f in files)
         facts = model_card.Facts(repo, record, layout, told, tuple(problems), measured, licence(folder), total)
         text = published_card.joined(model_card.upper(facts), before, far.text, far.replace, far.known)

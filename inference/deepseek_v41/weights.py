@@ -10,14 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..deepseek_v4.images import is_of_images
 from ..deepseek_v4.weights import HeadStatus, _as_stored, canonical_name, head_status, stack_experts
 from .config import ModelArgs
-
-TOWER = ("vision.", "aligner.", "image_start", "image_end", "image_newline")
-"""What the names of a tower's tensors begin with, those of image tokens included."""
-
-IMAGE_BIAS = ".gate.bias_vl"
-"""End of the names of the routers' biases for image positions."""
 
 TABLE = ".engram.embed."
 """Part of the names of a table's tensors."""
@@ -45,12 +40,6 @@ def parameter_name(name: str) -> str:
     for theirs, ours in RENAMED.items():
         found = found.replace(theirs, ours)
     return found
-
-
-def is_of_images(name: str) -> bool:
-    """Whether a tensor serves images alone, by any spelling."""
-    own = name.removeprefix("model.").removeprefix("language_model.")
-    return own.startswith(TOWER) or own.endswith(IMAGE_BIAS)
 
 
 def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> Loaded:

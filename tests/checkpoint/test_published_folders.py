@@ -386,8 +386,11 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]] = 
         ("NVFP4", "ModelOpt", "weight_scale_2"),
     ),
     "packed names": ({}, {"layers.1.attn.wq_a.weight_packed": Tensor("U8", [2], bytes(2))}, ("compressed-tensors",)),
-    "a vision tower": ({}, {"vision.norm.weight": Tensor("BF16", [2], bytes(4))}, ("vision tower", "text release")),
-    "a vision router": ({}, {"layers.1.ffn.gate.bias_vl": Tensor("F32", [2], bytes(8))}, ("vision tower",)),
+    "another tower": (
+        {},
+        {"vision_tower.norm.weight": Tensor("BF16", [2], bytes(4))},
+        ("a vision tower", "Vision-Exp"),
+    ),
     "LoRA": ({}, {"layers.1.attn.wq_a.lora_A.weight": Tensor("BF16", [2], bytes(4))}, ("LoRA", "merge")),
     "bitsandbytes": ({}, {"layers.1.attn.wq_a.weight.absmax": Tensor("F32", [2], bytes(8))}, ("bitsandbytes",)),
 }
@@ -442,13 +445,36 @@ def clear_tables(source: Path) -> None:
         support.write_file(path, tensors)
 
 
-def test_uniformly_pruned_experts_convert(source: Path, tmp_path: Path) -> None:
+def test_uniformly_pruned_experts_convert_as_many_as_there_are(source: Path, tmp_path: Path) -> None:
+    """The router's rows and the experts' names say how many there are; the old number in config.json is told."""
     pruned(source, lambda block: 2)
     clear_tables(source)
     result = run("quantize", source, tmp_path / "out")
-    assert_refused(result, "experts were pruned", "n_routed_experts is 3; set it to 2")
+    assert result.code == 0 and result.err.startswith(
+        "config.json: n_routed_experts is 3, but each layer holds 2 experts"
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n_routed_experts"] == 2
+    assert run("verify", tmp_path / "out", "--source", source).code == 0
     support.edit_json(source / "config.json", lambda t: t.update(n_routed_experts=2))
-    converted(source, tmp_path / "out")
+    converted(source, tmp_path / "again")
+    assert tree(tmp_path / "again").keys() == tree(tmp_path / "out").keys()
+    for name in ("config.json", INDEX, "model-00001-of-00001.safetensors", "model-mtp.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_pruned_checkpoint_is_grafted_from_and_runs(source: Path, tmp_path: Path) -> None:
+    config = support.mini_config(qk_rope_head_dim=16)
+    source = support.write_synth(tmp_path / "s", config)
+    pruned(source, lambda block: 2)
+    clear_tables(source)
+    alone = {n: t for n, t in support.read_folder(source).items() if n.startswith("mtp.")}
+    support.write_folder(tmp_path / "alone", alone, config)
+    for donor in (source, tmp_path / "alone"):
+        assert run("quantize", source, tmp_path / "out", "--drop-mtp", "--overwrite").code == 0
+        assert run("graft", tmp_path / "out", "--from", donor, "--in-place").code == 0
+        told = run("generate", tmp_path / "out", "--prompt-ids", "1,2,3", "--max-tokens", "2", "--mtp", "--json")
+        assert told.code == 0 and len(told.json["tokens"]) == 2, told.err
+    assert run("verify", tmp_path / "out").code == 0
 
 
 def test_experts_pruned_to_different_numbers_are_refused(source: Path, tmp_path: Path) -> None:
@@ -456,6 +482,34 @@ def test_experts_pruned_to_different_numbers_are_refused(source: Path, tmp_path:
     result = run("quantize", source, tmp_path / "out")
     assert_refused(result, "different numbers", "layers.2 has 2", "n_routed_experts")
     assert "pull" not in result.err
+
+
+def test_a_head_with_other_experts_than_the_backbone_is_left_out_on_demand(source: Path, tmp_path: Path) -> None:
+    pruned(source, lambda block: 3 if block == "mtp.0" else 2)
+    clear_tables(source)
+    assert_refused(run("quantize", source, tmp_path / "out"), "layers.3 has 2, mtp.0 has 3", "--drop-mtp")
+    assert run("quantize", source, tmp_path / "out", "--drop-mtp").code == 0
+    assert run("verify", tmp_path / "out", "--source", source).code == 0
+    result = run("graft", tmp_path / "out", "--from", source, "--in-place")
+    assert_refused(result, "experts were pruned to different numbers", "mtp.0 has 3")
+    assert "--drop-mtp" not in result.err, "graft has no such option"
+
+
+def test_fewer_experts_than_a_token_goes_through_are_refused(source: Path, tmp_path: Path) -> None:
+    pruned(source, lambda block: 1)
+    result = run("quantize", source, tmp_path / "out")
+    assert_refused(result, "each block holds 1, fewer than the 2", "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("stated", [3, 2])
+def test_experts_that_keep_their_old_numbers_are_refused(stated: int, source: Path, tmp_path: Path) -> None:
+    """Which row of the router is whose cannot be told then."""
+    pruned(source, lambda block: 2)
+    tensors = support.read_folder(source)
+    moved = {n.replace(".experts.1.", ".experts.2.") if ".experts.1." in n else n: t for n, t in tensors.items()}
+    config = json.loads((source / "config.json").read_text()) | {"n_routed_experts": stated}
+    result = run("quantize", support.write_folder(tmp_path / "t", moved, config), tmp_path / "out")
+    assert_refused(result, "the 2 that are left keep their old numbers", "from 0 to 1")
 
 
 def test_a_table_that_names_pruned_experts_is_refused_before_the_first_byte(source: Path, tmp_path: Path) -> None:

@@ -225,6 +225,50 @@ def test_a_scale_in_f32_that_is_no_power_of_two_stops_before_the_first_byte(tmp_
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F32"])
+def test_a_base_release_converts_grafts_and_decodes_whatever_its_scales_are_stored_in(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Base: no expert_dtype in the config, experts in FP8 with a scale per 128x128 (architecture.md, section 11)."""
+    config = mini_config(expert_dtype=None, qk_rope_head_dim=16)
+    e8m0 = support.write_synth(tmp_path / "e8m0", config)
+    source = e8m0
+    if dtype == "F32":
+        source = support.write_folder(
+            tmp_path / "f32", scales_as("F32", ".experts.")(support.read_folder(e8m0)), config
+        )
+    stored = support.read_folder(source)["layers.1.ffn.experts.0.w2.scale"]
+    assert (stored.dtype, list(stored.shape)) == (dtype, [2, 1])
+    assert run("quantize", e8m0, tmp_path / "wanted").code == 0
+    assert run("quantize", source, tmp_path / "out", "--drop-mtp").code == 0
+    assert run("graft", tmp_path / "out", "--from", source, "--in-place").code == 0
+    assert run("verify", tmp_path / "out", "--source", source).code == 0
+    table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert table["model.layers.1.ffn.switch_mlp.down_proj"]["mode"] == "mxfp8"
+    texts = []
+    for folder in ("wanted", "out"):
+        told = run("generate", tmp_path / folder, "--prompt-ids", "1,2,3", "--max-tokens", "3", "--mtp", "--json")
+        assert told.code == 0, told.err
+        texts.append((told.json["tokens"], told.json["drafted"]))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("recipe", ["native", "bf16"])
+def test_scales_that_are_no_powers_of_two_are_refused_whatever_the_recipe(recipe: str, tmp_path: Path) -> None:
+    """A code of E4M3 has 4 significant bits and an F32 scale up to 24; BF16 has 8, so the product is rounded: at no
+    format of MLX is it the value of the source, and nothing rounds that was not asked to."""
+    config = mini_config(expert_dtype=None)
+    tensors = scales_as("F32")(support.read_folder(support.write_synth(tmp_path / "s", config)))
+    name = "mtp.0.ffn.experts.2.w1.scale"
+    odd = np.frombuffer(tensors[name].data, "<f4") * np.float32(1 / 3)
+    tensors[name] = Tensor("F32", tensors[name].shape, odd.astype("<f4").tobytes())
+    source = support.write_folder(tmp_path / "t", tensors, config)
+    result = run("quantize", source, tmp_path / "out", "--recipe", recipe)
+    assert_refused(result, name, f"{odd[0]:.9g}", "no power of two", "scale_fmt ue8m0", "dequantize it to BF16")
+    assert not (tmp_path / "out").exists()
+    assert run("quantize", source, tmp_path / "out", "--drop-mtp").code == 0, "the head alone is concerned"
+
+
 def for_f16(tensors: Tensors) -> Tensors:
     """Return a checkpoint without block scales whose every value both BF16 and F16 hold (0 for what F16 has not)."""
     out = {}

@@ -109,9 +109,11 @@ class Fused:
 class Tower:
     """Blocks beside the backbone's, such as those of a vision tower: as many as `count` (a config key) says.
 
-    `needs` is a key of config.json without which there are none. Its own `dims` are read from keys of their own.
+    `title` is what messages call it. `needs` is a key of config.json without which (or with 0) there are none. Its own
+    `dims` are read from keys of their own.
     """
 
+    title: str
     needs: str
     count: str
     dims: Mapping[str, str]
@@ -256,7 +258,7 @@ def head(name: str, table: Mapping[str, Any]) -> HeadKind:
 def tower(table: Mapping[str, Any]) -> Tower:
     """Return a tower of a family file."""
     root, rows = (tuple(replace(row(r), apart=True) for r in table.get(key, ())) for key in ("root", "rows"))
-    return Tower(table["needs"], table["count"], table["dims"], root, rows)
+    return Tower(table.get("title", "tower"), table["needs"], table["count"], table["dims"], root, rows)
 
 
 def condition(table: Mapping[str, Any]) -> Condition:

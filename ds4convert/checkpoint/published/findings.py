@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 
 from ds4convert.checkpoint.advice import offers
 from ds4convert.checkpoint.config import ModelConfig
-from ds4convert.checkpoint.families.rows import EXPERT
 from ds4convert.checkpoint.family import Family, HeadKind
+from ds4convert.checkpoint.names import Speller, general
+from ds4convert.checkpoint.published import pruning
 from ds4convert.checkpoint.published.foreign import OFFICIAL
 from ds4convert.checkpoint.types import Finding, TensorInfo
 from ds4convert.errors import FindingsError
 from ds4convert.words.terminal import show
-
-SHOWN_BLOCKS = 3
 
 STORED = (
     "this stores tensors in a dtype that is not converted; save them as BF16 (or FP8 E4M3 and FP4 with their block "
@@ -58,9 +57,9 @@ def advice(
         return HEAD_ALONE
     if kinds == {"missing"} and all(family.is_of_head(f.tensor) for f in findings):
         return _head(findings, config, found, files)
-    if told := _odd_expert(findings, found, family) or _scales(findings, found):
+    if told := _tower(findings, config, found) or _odd_expert(findings, found, family) or _scales(findings, found):
         return told
-    if told := _experts(config, found):
+    if told := pruning.advice(config, found):
         return told
     if kinds == {"dtype"} or (kinds == {"dtype", "missing"} and _lacks_scales_only(findings)):
         return STORED
@@ -104,6 +103,32 @@ def _kinds(config: ModelConfig) -> list[HeadKind]:
     """Return the kind of head that the config describes, if its stages are not counted there."""
     head = config.family.heads.get(config.head_hint)
     return [head] if head is not None and head.stages_from != "config" else []
+
+
+def _tower(findings: Sequence[Finding], config: ModelConfig, found: Mapping[str, TensorInfo]) -> str | None:
+    """Return what to do where a tower is there and not in the config, or in the config and not there."""
+    family, kinds = config.family, {f.kind for f in findings}
+    spell = Speller(family).official
+    names = {general(family, spell(f.tensor)) for f in findings}
+    for tower in family.towers:
+        tails = family.tower_tails(tower)
+        if not names <= tails or len(kinds) > 1:
+            continue
+        if kinds == {"extra"}:
+            keys = ", ".join(dict.fromkeys((tower.needs, tower.count, *tower.dims.values())))
+            return (
+                f"these belong to a {tower.title}, which config.json does not describe ({tower.needs}). To keep it, "
+                f"copy its keys ({keys}) from the config.json of the release that it is from; to do without, take "
+                "these tensors out of the files and the index, or convert the text release of the same model"
+            )
+        own = {official for r in (*tower.root, *tower.rows) for _, official in r.tails()}
+        if kinds == {"missing"} and not any(general(family, name) in own for name in found):
+            return (
+                f"config.json describes a {tower.title} ({tower.needs}), and none of its tensors is here. If the text "
+                f"model was saved without it, take {tower.needs} out of config.json; else download the files that hold "
+                "it"
+            )
+    return None
 
 
 MOST_LOOKED_AT = 20
@@ -162,72 +187,6 @@ def _lacks_scales_only(findings: Sequence[Finding]) -> bool:
     wrong = {f.tensor for f in findings if f.kind == "dtype"}
     missing = [f.tensor for f in findings if f.kind == "missing"]
     return all(n.endswith("scale") and n.removesuffix("scale") + "weight" in wrong for n in missing)
-
-
-def _experts(config: ModelConfig, found: Mapping[str, TensorInfo]) -> str | None:
-    """Return what to do where blocks have other experts than the config says: they were pruned."""
-    family = config.family
-    blocks = _expert_numbers(family, found)
-    symbol = family.experts
-    wanted, key = config.dims[symbol], family.dims[symbol]
-    if config.head_dims.get(symbol, wanted) != wanted:  # the head has a number of its own, and a key for it
-        blocks = {b: numbers for b, numbers in blocks.items() if not family.is_of_head(b)}
-    if not blocks or all(b == set(range(wanted)) for b in blocks.values()) or wanted > MOST_EXPERTS:
-        return None
-    routers = [r.name for r in family.block if r.role == "router" and r.shape[:1] == (symbol,) and len(r.shape) == 2]
-    if not all(_rows(found, block, routers) == len(numbers) for block, numbers in blocks.items()):
-        return None  # the router knows of more: tensors are missing
-    counts = {block: len(numbers) for block, numbers in blocks.items()}
-    if len(set(counts.values())) > 1:
-        some = {n: block for block, n in counts.items()}
-        shown = ", ".join(f"{block[:-1]} has {n}" for n, block in list(some.items())[:SHOWN_BLOCKS])
-        return (
-            f"experts were pruned to different numbers ({shown}), but {key} is one number for all blocks, "
-            "here and in every MLX host; take a checkpoint with as many experts in each (for a head alone: --drop-mtp)"
-        )
-    number = next(iter(counts.values()))
-    if any(b != set(range(number)) for b in blocks.values()):
-        return (
-            f"experts were pruned and the {number} that are left keep their old numbers; renumber them from 0 to "
-            f"{number - 1} with the program that pruned them"
-        )
-    return (
-        f"experts were pruned: each block holds {number} and its router has as many rows, but config.json's "
-        f"{key} is {wanted}; set it to {number}"
-    )
-
-
-MOST_EXPERTS = 100_000
-
-
-def _is_number(text: str) -> bool:
-    """Return whether a part of a name is the number of an expert: Python converts no text of thousands of digits."""
-    return text.isascii() and text.isdigit() and len(text) <= len(str(MOST_EXPERTS))
-
-
-def _expert_numbers(family: Family, found: Mapping[str, TensorInfo]) -> dict[str, set[int]]:
-    """Return the numbers of the experts that each block holds, by its prefix."""
-    out: dict[str, set[int]] = {}
-    if not family.expert_rows:
-        return out
-    stem, _, rest = f"{family.expert_rows[0].name}.weight".partition(EXPERT)
-    fused = next((f.name for f in family.fused if family.expert_rows[0].name.rpartition(".")[2] in f.parts), None)
-    for name, info in found.items():
-        if not (block := family.block_of(name)):
-            continue
-        prefix, tail = name[: block.start("tail")], block["tail"]
-        number = tail.removeprefix(stem).removesuffix(rest)
-        if tail == fused and info.shape:
-            out[prefix] = set(range(info.shape[0]))
-        elif _is_number(number) and tail == f"{stem}{number}{rest}":
-            out.setdefault(prefix, set()).add(int(number))
-    return out
-
-
-def _rows(found: Mapping[str, TensorInfo], block: str, routers: Sequence[str]) -> int:
-    """Return the rows of a block's router, 0 without one."""
-    infos = (found.get(block + name) for name in routers)
-    return next((i.shape[0] for i in infos if i is not None and i.shape), 0)
 
 
 SHOWN_FINDINGS = 10

@@ -46,9 +46,9 @@ MARKS = (
     (r"_(blocks|scales)$", "MXFP4 as gpt-oss and Transformers store it (codes and scales in _blocks and _scales)",
      OFFICIAL),
     (r"\.absmax$|\.quant_state\.", "weights of bitsandbytes", OFFICIAL),
-    (r"^(vision|vision_tower|visual|aligner)\.|^image_(start|end|newline)$|\.bias_vl$",
-     "the vision tower of DeepSeek-V4 Vision-Exp", "the text release of the same model converts; "
-     "a text-only export of this one (without these tensors, and with a text config) does too"),
+    (r"^(vision|vision_tower|visual|aligner)\.|^image_(start|end|newline|pad)$|\.bias_vl$",
+     "a vision tower in another spelling than DeepSeek's", "take the official release (the towers of V4 Vision-Exp and "
+     "V4.1 convert), or an export of the text model alone"),
     (r"\.engram\.", "engrams of DeepSeek-V4.1", "that is another model, which this version does not convert"),
 )  # fmt: skip
 """(names, what they are, a way on)."""

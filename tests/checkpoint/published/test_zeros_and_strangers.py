@@ -102,7 +102,7 @@ STRANGE = {
     "layers.0.w.weight_packed": "weights of compressed-tensors (NVFP4)", "layers.0.w.weight_scale_2": "NVFP4 of NVIDIA ModelOpt",
     "layers.0.w.input_scale": "static scales of activations", "layers.0.w.qweight": "weights of GPTQ or AWQ",
     "layers.0.mlp.down_proj_blocks": "MXFP4 as gpt-oss and Transformers store it", "layers.0.w.weight.absmax": "weights of bitsandbytes",
-    "vision_tower.x.weight": "the vision tower of DeepSeek-V4 Vision-Exp", "layers.0.engram.embed.weight": "engrams of DeepSeek-V4.1",
+    "vision_tower.x.weight": "a vision tower in another spelling than DeepSeek's", "layers.0.engram.embed.weight": "engrams of DeepSeek-V4.1",
 }  # fmt: skip
 
 

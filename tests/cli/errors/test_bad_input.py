@@ -222,10 +222,13 @@ BAD: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config(compress_ratios=[0, 4, 4, 4, 0]),
         ("layers.2.attn.indexer.", "missing"),
     ),
-    "more experts than the headers have": (config(n_routed_experts=4), ("layers.0.ffn.experts.3.w1.weight: missing",)),
+    "more experts than the headers have": (
+        config(n_routed_experts=4, num_experts_per_tok=4),
+        ("layers.0.ffn.experts.3.w1.weight: missing", "each block holds 3, fewer than the 4"),
+    ),
     "fewer experts than the headers have": (
         config(n_routed_experts=2),
-        ("layers.0.ffn.gate.weight: expected shape [2, 160], found [3, 160] (model-",),
+        ("layers.0.ffn.gate.weight: expected shape [2, 160], found [3, 160] (model-", "each block holds 3 experts"),
     ),
     "compress_ratios too short": (
         config(compress_ratios=[0, 4, 128]),
@@ -322,12 +325,12 @@ def test_inspect_without_a_config_lists_the_tensors_and_says_so(source: Path) ->
 
 
 def test_all_differences_are_counted_and_the_first_ten_are_shown(source: Path) -> None:
-    config(n_routed_experts=5)(source)
+    config(n_routed_experts=5, num_experts_per_tok=5)(source)
     lines = run("plan", source).err.splitlines()
     missing = (4 + 1) * (2 * 6)  # of 4 layers and the head, in 2 experts
-    shapes = 5 + 4  # gate weight of 5 blocks, gate bias of 4
+    shapes = 5 + 4 + 1  # gate weight of 5 blocks, gate bias of 4, the table of tokens
     assert len(lines) == 12 and lines[10] == f"and {missing + shapes - 10} more"
-    assert lines[11].startswith("experts were pruned:") and lines[11].endswith("n_routed_experts is 5; set it to 3")
+    assert lines[11].startswith("experts were pruned: each block holds 3, fewer than the 5 that every token goes")
 
 
 def test_a_nan_stops_the_run_by_tensor_and_index_and_the_result_stays_unfinished(source: Path, tmp_path: Path) -> None:

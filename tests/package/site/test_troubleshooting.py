@@ -9,6 +9,7 @@ import fcntl
 import json
 import re
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import pytest
 
 from ds4convert.execution import run as execution_run
 from tests import support, support_run
+from tests.checkpoint.families import vision
 from tests.package.site import pages
 from tests.support import INDEX, ROOT, Result, edit_json, run, run_process
 
@@ -179,6 +181,42 @@ def port_taken(place: Place) -> Result:
         return run("serve", out, "--port", other.getsockname()[1])
 
 
+def with_keys(folder: Path) -> None:
+    """A tensor of a tower beside a config of a text model."""
+    support.write_file(folder / "tower.safetensors", {"vision.norm.weight": support.Tensor("BF16", [2], bytes(4))})
+    edit_json(folder / INDEX, lambda t: t["weight_map"].update({"vision.norm.weight": "tower.safetensors"}))
+
+
+def pruned_apart(folder: Path) -> None:
+    """One layer has an expert less, and a row less in its router."""
+    for path in folder.glob("*.safetensors"):
+        kept = {}
+        for name, t in support.read_file(path).items():
+            if name.startswith("layers.2.ffn.experts.2."):
+                continue
+            if name in {"layers.2.ffn.gate.weight", "layers.2.ffn.gate.bias"}:
+                t = support.Tensor(t.dtype, [2, *t.shape[1:]], t.data[: len(t.data) // 3 * 2])
+            kept[name] = t
+        support.write_file(path, kept)
+    edit_json(
+        folder / INDEX, lambda t: [t["weight_map"].pop(n) for n in list(t["weight_map"]) if ".2.ffn.experts.2." in n]
+    )
+
+
+def odd_scale(place: Place) -> Result:
+    path = support.shard_with(place.source, FP8)
+    tensors = support.read_file(path)
+    scale = tensors[FP8.replace("weight", "scale")]
+    scale.dtype, scale.data = "F32", struct.pack("<f", 0.3) * len(scale.data)
+    support.write_file(path, tensors)
+    return run("quantize", place.source, place.here / "out")
+
+
+def with_a_tower(place: Place) -> Result:
+    dspark = ROOT / "tests" / "golden" / "dspark-b" / "checkpoint"
+    return run("plan", vision.with_tower(dspark, place.here / "vision"), "--layout", "mlx-lm")
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 5000000000\n"
 CASES: dict[str, tuple[int, Case]] = {
     "...: no such file or folder": (3, lambda p: run("inspect", p.here / "nowhere")),
@@ -195,6 +233,9 @@ CASES: dict[str, tuple[int, Case]] = {
         3, config(quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     ),
     "...: missing; expected ...": (3, damaged(without_a_norm)),
+    "belong to a vision tower, which config.json does not describe": (3, damaged(with_keys)),
+    "experts were pruned to different numbers": (3, damaged(pruned_apart)),
+    "which is no power of two, so MLX's block scales (E8M0) cannot hold it without rounding": (3, odd_scale),
     "is NaN in FP8 E4M3": (3, nan),
     "is a converted folder, its values may be rounded already": (3, lambda p: run("plan", p.converted())),
     "source and output folder may not lie in each other": (
@@ -222,6 +263,7 @@ CASES: dict[str, tuple[int, Case]] = {
     "its hosts load no ... head": (
         3, lambda p: run("plan", ROOT / "tests" / "golden" / "dspark-a" / "checkpoint", "--layout", "mtplx"),
     ),
+    "its hosts load the text model of ... alone": (3, with_a_tower),
     "no layout is called ...": (2, lambda p: run("plan", p.source, "--layout", "mlxlm")),
     "does not say which unit": (2, lambda p: run("plan", p.source, "--fit", "96")),
     "is too small for this model: in its smallest formats it needs ...": (
