@@ -144,7 +144,7 @@ def _about(s: Subject) -> str:
 def _tiles(s: Subject) -> Iterator[Tile]:
     found = s.found
     held = len({r.file for r in found.rows if r.file})
-    yield Tile("Size", size(found.size), f"of tensors, in {held} files" if held else "of tensors")
+    yield Tile("Size", size(found.size), f"of tensors, in {_files_of(held)}" if held else "of tensors")
     if s.files:
         yield Tile("Download", size(sum(f.size for f in s.files)), f"all {len(s.files)} files of the repo")
     if found.weights:
@@ -162,6 +162,10 @@ def _tiles(s: Subject) -> Iterator[Tile]:
         yield Tile("Smallest Mac", "none", f"up to {s.macs[-1].largest / macs.GIB:g} GB")
 
 
+def _files_of(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
 def _count(weights: int) -> str:
     """Return a number of weights for people: 284 billion."""
     for power, word in ((10**9, "billion"), (10**6, "million")):
@@ -173,7 +177,7 @@ def _count(weights: int) -> str:
 def _sections(s: Subject) -> Iterator[Section | None]:
     """Yield what there is to show, what decides first."""
     found = s.found
-    if found.format == "mlx":
+    if found.format == "mlx" and found.inventory is not None:
         yield _proven(s)
     if s.choices:
         yield _recipes(s)
@@ -298,22 +302,18 @@ def _proven(s: Subject) -> Section:
     record, kept = s.found.manifest, s.kept
     fits = "no: see above" if s.found.problems else "yes, by this page: names, shapes and formats are what it implies"
     rows = [("Fits its config", fits)]
-    if record is None:
-        rows.append(("Bytes as written", "nothing to compare with: the folder has no manifest of ds4convert"))
-    else:
-        hashed = all(f.sha256 for f in record.files)
-        what = "the manifest has the sha256 of every file" if hashed else "the manifest has not every file's sha256"
-        rows.append(("Bytes as written", f"{_before(kept, 'digests')}; {what}"))
+    rows.append(("Bytes as written", _bytes(s, record)))
     rows.append(("Values are the source's", _before(kept, "values")))
     if s.found.head_kind != "none":
         rows.append(("The head works", "not measured, or not kept beside the folder" if kept is None else _kept(kept)))
     if kept is not None:
         told = "all good" if kept.ok else "not all good"
         rows.append(("Checked before", f"{', '.join(kept.checks)}: {told} (ds4convert {kept.tool.version})"))
-    here, source = shlex.quote(s.place), "SOURCE"
+    here, source = shlex.quote(s.name.rpartition("/")[2] if s.files else s.place), "SOURCE"
     if record is not None and record.source.repo:
         source = shlex.quote(f"hf://{record.source.repo}")
-    commands = [
+    commands = [("Get it", f"ds4convert pull {shlex.quote(s.place)}")] if s.repo and s.files else []
+    commands += [
         ("Bytes", f"ds4convert verify {here}"),
         ("Values", f"ds4convert verify {here} --source {source}"),
         ("The head", f"ds4convert verify {here} --mtp --report report.html"),
@@ -321,6 +321,21 @@ def _proven(s: Subject) -> Section:
     note = "What was found before is kept beside a folder for the manifest that it has now." if kept else ""
     parts: list[Part] = [Terms(rows), Paragraph("What proves it:"), _commands(commands)]
     return Section("proven", "What is proven", note, parts, "Proven")
+
+
+def _bytes(s: Subject, record: Manifest | None) -> str:
+    """Return whether the files are as they were written: a repo lists digests, which are compared with the manifest."""
+    if record is None:
+        return "nothing to compare with: no manifest of ds4convert was found with these files"
+    listed = {f.name: f.sha256 for f in s.files}
+    pairs = [(f.sha256, listed.get(f.name)) for f in record.files if f.holds_tensors]
+    if s.files and pairs and all(a and b for a, b in pairs):
+        if all(a == b for a, b in pairs):
+            return "yes: the repo lists, for every file of tensors, the sha256 that the manifest has"
+        return "no: the repo lists another sha256 than the manifest has"
+    hashed = all(f.sha256 for f in record.files)
+    what = "the manifest has the sha256 of every file" if hashed else "the manifest has not every file's sha256"
+    return f"{_before(s.kept, 'digests')}; {what}"
 
 
 def _before(kept: VerifyRecord | None, check: str) -> str:
@@ -368,7 +383,7 @@ def _files(s: Subject) -> Section | None:
         head, numbers, note = ("File", "Tensors", "Bytes"), 2, "Files of tensors, by their headers."
     if not rows:
         return None
-    title = f"{len(rows)} files"
+    title = _files_of(len(rows))
     return Section(
         "files", "Files", note, [Table(title, head, rows, folded=title, numbers=numbers)], "Files", wide=True
     )

@@ -33,8 +33,9 @@ def formats(rows: Sequence[LayerLoss], groups: Sequence[Group], said: str = "") 
     lanes = list(_lanes(rows, groups, _format))
     sizes = {g.name: g.size for g in groups}
     once = [r for r in rows if not _is_of_a_layer(r)]
+    drawn = [Lanes("Format of each role by layer", lanes, _scale(BITS), "Bits per weight, scales counted")]
     parts: list[Part] = [
-        Lanes("Format of each role by layer", lanes, _scale(BITS), "Bits per weight, scales counted"),
+        *(drawn if lanes else []),
         Table(
             "Outside the layers, and the head",
             ("Role", "Format", "Bits per weight", "Bytes"),
@@ -45,10 +46,11 @@ def formats(rows: Sequence[LayerLoss], groups: Sequence[Group], said: str = "") 
             numbers=2,
         ),
     ]
-    note = (
-        f"{said}A line per role, a column per layer of the backbone: the darker, the more bits. Empty: the layer has "
-        "no such matrix. Norms and routers are never rounded."
+    lines = (
+        "A line per role, a column per layer of the backbone: the darker, the more bits. Empty: the layer has no such "
+        "matrix. Norms and routers are never rounded."
     )
+    note = f"{said}{lines}" if lanes else said
     return Section("formats", "Format by layer and role", note, parts, "Formats", wide=True)
 
 

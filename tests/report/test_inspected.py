@@ -14,7 +14,7 @@ from ds4convert.converted.open import opened, read_checkpoint
 from tests.html_pages import parse
 from tests.local_hub import LocalHub
 from tests.local_hub.fixtures import hub  # noqa: F401
-from tests.support import ROOT, edit_json, run, run_process
+from tests.support import ROOT, copy_folder, edit_json, run, run_process
 from tools.pages import checker
 from tools.pages.browser import Browser, program
 
@@ -109,6 +109,49 @@ def test_a_repo_is_told_with_its_commit_its_files_and_their_digests(hub: LocalHu
     assert NAME in words and "As the repo lists them." in words and f"all {len(list_of(DEMO))} files" in words
     assert f"ds4convert plan hf://{NAME}" in words and re.search(r"\b[0-9a-f]{40}\b", words)
     assert "without storing the source" in words
+
+
+def test_a_conversion_on_the_hub_is_told_from_its_manifest_and_by_the_digests_that_the_hub_lists(
+    hub: LocalHub,  # noqa: F811
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    hub.add_repo("me/demo-q4", folder)
+    altered = copy_folder(folder, tmp_path / "altered")
+    shard = next(altered.glob("model-0*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    hub.add_repo("me/altered", altered)
+    told = {}
+    for name in ("demo-q4", "altered"):
+        page = tmp_path / f"{name}.html"
+        done = run_process("inspect", f"hf://me/{name}", "--report", page, variables=hub.environment())
+        assert done.code == 0, done.err
+        told[name] = words_of(page)
+        assert (
+            "recipe q4" in told[name] and "What rounding cost" in told[name] and "ds4convert pull hf://me" in told[name]
+        )
+    assert "yes: the repo lists, for every file of tensors, the sha256 that the manifest has" in told["demo-q4"]
+    assert "no: the repo lists another sha256 than the manifest has" in told["altered"]
+
+
+def test_a_manifest_of_other_files_is_not_believed(hub: LocalHub, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert run("quantize", DEMO, tmp_path / "native", "-q").code == 0
+    mixed = copy_folder(tmp_path / "native", tmp_path / "mixed")
+    (mixed / "ds4convert_manifest.json").write_bytes((folder / "ds4convert_manifest.json").read_bytes())
+    hub.add_repo("me/mixed", mixed)
+    page = tmp_path / "mixed.html"
+    assert run_process("inspect", "hf://me/mixed", "--report", page, variables=hub.environment()).code == 0
+    words = words_of(page)
+    assert "no manifest of ds4convert was found with these files" in words and "recipe q4" not in words
+
+
+def test_a_head_alone_has_no_layers_to_draw(hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811
+    assert run("quantize", DEMO, tmp_path / "out", "--layout", "vlm", "-q").code == 0
+    words = written(tmp_path, tmp_path / "out" / "mtp")
+    assert "Complete, as far as it goes" in words and "A line per role" not in words and "Which Mac" not in words
 
 
 def list_of(folder: Path) -> list[Path]:

@@ -16,11 +16,13 @@ from ds4convert.api.reporting import Listener, MessageCallback
 from ds4convert.api.values import PathLike
 from ds4convert.checkpoint.inventory import BACKBONE, Inventory, group_of
 from ds4convert.checkpoint.types import JSON
-from ds4convert.converted import verify_record
+from ds4convert.converted import manifest, verify_record
 from ds4convert.converted.inspection import Inspection
-from ds4convert.errors import Ds4Error
+from ds4convert.converted.records import Manifest
+from ds4convert.errors import Ds4Error, InputError
 from ds4convert.hub import kinds
 from ds4convert.hub.kinds import Listing
+from ds4convert.hub.records import Repo
 from ds4convert.planning.recipes import recipes
 from ds4convert.report import inspected, pages
 from ds4convert.report.inspected import Choice, Holding, Listed, Quality, Subject
@@ -61,10 +63,29 @@ def inspect(
         place = located(source) if not isinstance(source, Opened) else source  # once: a repo is one commit
     found = look(place, config, tensors, say)
     if report is not None:
-        subject = _subject(source, place, config, found.facts)
+        facts = replace(found.facts, manifest=found.facts.manifest or _manifest(place, found.facts))
+        subject = _subject(source, place, config, facts)
         pages.write(Path(report), inspected.page(subject))
         Listener(say=say).note(f"Report: {report}")
     return found
+
+
+def _manifest(place: Place | Listing | None, found: Inspection) -> Manifest | None:
+    """Return the manifest of a converted folder on the Hub; None without one, and where it is of other files."""
+    repo = place.repo if isinstance(place, Opened) else place
+    if found.format != "mlx" or not isinstance(repo, Repo):
+        return None
+    listed = {f.name: f for f in repo.files}
+    file = listed.get(manifest.MANIFEST_NAME)
+    if file is None or file.size > manifest.MAX_BYTES:
+        return None
+    from ds4convert.hub.remote_checkpoint import fetch_small
+
+    with suppress(InputError):
+        record = manifest.parsed(fetch_small(repo, file))
+        if all(f.name in listed and listed[f.name].size == f.size for f in record.files if f.holds_tensors):
+            return record
+    return None
 
 
 def _subject(
