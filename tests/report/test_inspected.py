@@ -159,7 +159,7 @@ def list_of(folder: Path) -> list[Path]:
 
 
 def test_what_is_not_whole_is_told_with_what_is_missing(source: Path, tmp_path: Path) -> None:
-    edit_json(source / "config.json", lambda config: config.update(n_routed_experts=config["n_routed_experts"] + 2))
+    edit_json(source / "config.json", lambda config: config.update(vocab_size=config["vocab_size"] + 8))
     found = inspection.inspect(source)
     words = written(tmp_path, source)
     assert found.problems and f"Not as config.json says: {len(found.problems):,} differences" in words
