@@ -16,7 +16,7 @@ from ds4convert.inference import tokens as texts
 from ds4convert.serving.history import shown
 from ds4convert.serving.refused import Refused
 from ds4convert.serving.reply import CONTENT, REASONING
-from ds4convert.serving.validation import CHAT, Asked, Prompt
+from ds4convert.serving.validation import ANY_OBJECT, CHAT, Asked, Prompt
 
 TAIL = 11
 """Tokens at the end of a prompt within which the mark that opens the reasoning is looked for."""
@@ -95,6 +95,8 @@ def _written(tokenizer: Any, messages: list[JSON], asked: Asked, prompts_reply: 
     """Return the tokens of messages: by the folder's template, else in the official format."""
     if tokenizer.has_chat_template:
         options = {"tools": list(asked.tools) or None, "add_generation_prompt": prompts_reply, **asked.template}
+        if asked.schema not in (None, ANY_OBJECT):
+            options["response_format"] = asked.schema  # DeepSeek-V4's format tells the model of it
         return list(tokenizer.apply_chat_template(messages, tokenize=True, **options))
     text = chat.render(
         messages,

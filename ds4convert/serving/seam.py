@@ -15,9 +15,10 @@ import copy
 import gc
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import Any
@@ -37,7 +38,8 @@ from ds4convert.serving.http.responses import Detokenizer, TokenBytes, byte_read
 from ds4convert.serving.metrics import Metrics
 from ds4convert.serving.prompting import Encoded
 from ds4convert.serving.refused import Refused
-from ds4convert.serving.reply import Marks, Piece, StopText
+from ds4convert.serving.reply import REASONING, Marks, Piece, StopText
+from ds4convert.serving.structured import Grammars, Kept
 from ds4convert.serving.validation import Asked, Prompt
 
 LOG = logging.getLogger(__name__)
@@ -133,11 +135,12 @@ def marks_of(tokenizer: Any) -> Marks:
 
 @dataclass(frozen=True)
 class Run:
-    """What one reply counts into, whom it tells how far its prompt is read, and its most tokens."""
+    """What one reply counts into, whom it tells how far its prompt is read, its most tokens, and what it keeps to."""
 
     stats: DecodeStats
     progress: Progress
     most: int
+    kept: Sequence[Any] = ()
 
 
 class Decoder:
@@ -158,6 +161,7 @@ class Decoder:
         self.marks, self.longest_token = marks_of(tokenizer), prompting.longest_token(tokenizer)
         self.token_bytes = byte_reader(tokenizer)
         self.is_byte_level = isinstance(tokenizer.detokenizer, BPEStreamingDetokenizer)
+        self.grammars = Grammars(tokenizer, model.args.vocab_size)
         self.requests: Queue[Job] = Queue()
         self.prompt_cache = LRUPromptCache(cache_size)  # type: ignore[no-untyped-call,unused-ignore]
         self._stop, self._abort = threading.Event(), threading.Event()
@@ -232,6 +236,7 @@ class Decoder:
         prompt, room = found.tokens, self.context - len(found.tokens)
         if room < 1:
             raise self._too_long(job, f"{len(prompt):,}")
+        matcher = None if asked.schema is None else self.grammars.of(asked.schema)
         most = min(asked.max_tokens, room)
         cache, covered = self._cached(prompt)
         ctx = Context(len(prompt), covered, found.state, self._drafts(asked))
@@ -246,7 +251,8 @@ class Decoder:
         covered = self._fill(found, cache, covered, progress)
         if asked.seed is not None:
             mx.random.seed(asked.seed % 2**64)
-        run = Run(ctx.stats, progress, most)
+        kept = [] if matcher is None else [Kept(matcher, len(prompt) - covered, self._answer_after(found.state))]
+        run = Run(ctx.stats, progress, most, kept)
         steps = self._steps(prompt[covered:], asked, self.tokenizer, cache, stream, run)
         try:
             said, reason = self._say(ticket, steps, asked, most)
@@ -255,6 +261,10 @@ class Decoder:
         if self._drafts(asked) or not self.draft_depth:  # else the head knows nothing of the reply
             self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)  # type: ignore[no-untyped-call,unused-ignore]
         return reason
+
+    def _answer_after(self, state: str) -> list[int]:
+        """Return the tokens behind which the answer begins: none where the reply is one from its first token."""
+        return list(self.tokenizer.encode(self.marks.think_end, add_special_tokens=False)) if state == REASONING else []
 
     def _cached(self, prompt: list[int]) -> tuple[list[Any], int]:
         """Return state for the longest known beginning of the prompt, and its length; at least one token is left."""
@@ -305,7 +315,7 @@ class Decoder:
             "prompt_cache": cache,
             "prefill_step_size": PREFILL_STEP,
             "prompt_progress_callback": run.progress,
-            "logits_processors": _processors(asked),
+            "logits_processors": [*_processors(asked), *run.kept],
             "stats": run.stats,
         } | _drawing(asked, tokenizer)
         tokens = mx.array(rest)
@@ -423,4 +433,5 @@ def _likeliest(logprobs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
         return ()
     places: list[int] = mx.argpartition(-logprobs, kth=count - 1)[:count].tolist()  # type: ignore[assignment]
     values: list[float] = logprobs[mx.array(places)].tolist()  # type: ignore[assignment]
-    return tuple(sorted(zip(places, values, strict=True), key=lambda x: (-x[1], x[0])))
+    pairs = ((place, value) for place, value in zip(places, values, strict=True) if value > -math.inf)
+    return tuple(sorted(pairs, key=lambda x: (-x[1], x[0])))

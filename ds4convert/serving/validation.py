@@ -48,7 +48,7 @@ class Asked:
     """A request that can be decoded. A chat has messages; a text has one prompt or several, each a text or token ids.
 
     `template` holds variables of the chat template; `numbers` are fields of sampling and penalties by their names.
-    `mtp` false decodes without the head, where there is one.
+    `mtp` false decodes without the head, where there is one. `schema` is the JSON schema that the reply has to keep to.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class Asked:
     top_logprobs: int = 0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    schema: JSON | None = None
 
 
 Check = Callable[[Any], bool]
@@ -168,10 +169,6 @@ REFUSED: dict[str, tuple[Check, str]] = {
     "draft_model": (lambda v: False, "nothing: the drafts come from the model's own head"),
     "functions": (lambda v: v == [], "nothing: functions are declared as `tools`"),
     "function_call": (lambda v: v in ("auto", "none"), '"auto" or "none": a call cannot be forced'),
-    "response_format": (
-        lambda v: isinstance(v, dict) and v.get("type") == "text",
-        'the type "text": output is not constrained to a schema',
-    ),
     "tool_choice": (
         lambda v: isinstance(v, str) and v in ("auto", "none"),
         '"auto" or "none": a call cannot be forced',
@@ -226,7 +223,30 @@ def parse(raw: bytes, kind: str, limits: Limits) -> Asked:
         top_logprobs=top,
         seed=body.get("seed"),
         logit_bias=_bias(body, limits),
+        schema=_schema(body, bool(tools) and body.get("tool_choice") != "none"),
     )
+
+
+ANY_OBJECT: JSON = {"type": "object"}
+FORMS = 'the type "text", "json_object", or "json_schema" with a schema in json_schema.schema'
+
+
+def _schema(body: JSON, has_tools: bool) -> JSON | None:
+    """Return the JSON schema that a reply has to keep to, None where it is free."""
+    form = body.get("response_format")
+    if form is None or (isinstance(form, dict) and form.get("type") == "text"):
+        return None
+    where, schema = "response_format", None
+    if isinstance(form, dict) and form.get("type") == "json_object":
+        schema = ANY_OBJECT
+    elif isinstance(form, dict) and form.get("type") == "json_schema":
+        where, told = "response_format.json_schema", form.get("json_schema")
+        schema = told.get("schema") if isinstance(told, dict) else None
+    if not isinstance(schema, dict):
+        raise Refused(422, f"{where}: expected {FORMS}, found {shown(form)}", where)
+    if has_tools:
+        raise Refused(422, "response_format and tools: a reply keeps to one of them; send tool_choice none", where)
+    return schema
 
 
 def _check(body: JSON, name: str, check: Check, wanted: str) -> bool:

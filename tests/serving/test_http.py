@@ -62,7 +62,7 @@ KEY = {"Authorization": "Bearer sesame"}
         ({**GOOD, "adapters": "x"}, 422, "adapters"),
         ({**GOOD, "stream_options": []}, 422, "stream_options"),
         ({**GOOD, "seed": 2**70}, 422, "seed"),
-        ({**GOOD, "response_format": {"type": "json_object"}}, 422, "response_format"),
+        ({**GOOD, "response_format": {"type": "xml"}}, 422, "response_format"),
         ({"max_tokens": 2}, 422, "prompt"),
         ({"prompt": []}, 422, "prompt"),
         ({"prompt": ["a", ""]}, 422, "prompt[1]"),
@@ -156,7 +156,7 @@ def mutated(rng: random.Random) -> tuple[bytes, dict[str, str]]:
     fields = [
         "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
         "min_p", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "messages", "prompt",
-        "tools", "tool_choice", "chat_template_kwargs", "xtc_probability", "presence_context_size", "n", "user",
+        "tools", "tool_choice", "response_format", "chat_template_kwargs", "xtc_probability", "presence_context_size", "n", "user",
     ]  # fmt: skip
     for _ in range(rng.randint(1, 3)):
         body[rng.choice(fields)] = rng.choice(values)
