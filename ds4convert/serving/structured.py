@@ -85,7 +85,8 @@ class Kept:
         mask: bytes = self.matcher.compute_logit_bias()  # a byte a token, 0 for those that may not follow
         if not any(mask):
             return logits
-        return mx.where(mx.array(memoryview(mask)) != 0, logits, -mx.inf)
+        free = mx.array(memoryview(mask)) != 0  # type: ignore[arg-type,unused-ignore]
+        return mx.where(free, logits, -mx.inf)
 
     def _follow(self, said: list[int]) -> bool:
         """Bring the matcher to the end of `said`; return False where it breaks the grammar: such a draft is lost."""
