@@ -251,7 +251,7 @@ class Decoder:
         covered = self._fill(found, cache, covered, progress)
         if asked.seed is not None:
             mx.random.seed(asked.seed % 2**64)
-        kept = [] if matcher is None else [Kept(matcher, len(prompt) - covered, self._answer_after(found.state))]
+        kept = [] if matcher is None else [self._kept(matcher, len(prompt) - covered, found.state)]
         run = Run(ctx.stats, progress, most, kept)
         steps = self._steps(prompt[covered:], asked, self.tokenizer, cache, stream, run)
         try:
@@ -262,9 +262,12 @@ class Decoder:
             self.prompt_cache.insert_cache(MODEL_KEY, prompt + said, cache)  # type: ignore[no-untyped-call,unused-ignore]
         return reason
 
-    def _answer_after(self, state: str) -> list[int]:
-        """Return the tokens behind which the answer begins: none where the reply is one from its first token."""
-        return list(self.tokenizer.encode(self.marks.think_end, add_special_tokens=False)) if state == REASONING else []
+    def _kept(self, matcher: Any, start: int, state: str) -> Kept:
+        """Return what keeps a reply to a grammar; behind the reasoning, where it begins with that."""
+        if state != REASONING:
+            return Kept(matcher, start)
+        opens = self.tokenizer.encode(self.marks.think_end, add_special_tokens=False)
+        return Kept(matcher, start, list(opens), sorted(self.tokenizer.eos_token_ids))
 
     def _cached(self, prompt: list[int]) -> tuple[list[Any], int]:
         """Return state for the longest known beginning of the prompt, and its length; at least one token is left."""

@@ -68,19 +68,22 @@ class Kept:
     """A logits processor that leaves only tokens which keep a reply within a grammar.
 
     `start` is the length of the history before the reply. Where the reply begins with reasoning, `opens` has the tokens
-    that end it, and everything before is free.
+    that end it, and everything before is free but for `ends`, the tokens that end a reply: the answer has to come.
     """
 
     matcher: Any
     start: int
     opens: Sequence[int] = ()
+    ends: Sequence[int] = ()
     taken: list[int] = field(default_factory=list)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Return logits [1, V] of the token after `tokens` [n], with those that break the grammar at -infinity."""
         said: list[int] = tokens[self.start :].tolist()  # type: ignore[assignment]
         begin = after(said, self.opens)
-        if begin is None or not self._follow(said[begin:]):
+        if begin is None:
+            return mx.put_along_axis(logits, mx.array([list(self.ends)]), mx.array(-mx.inf, logits.dtype), axis=-1)
+        if not self._follow(said[begin:]):
             return logits
         mask: bytes = self.matcher.compute_logit_bias()  # a byte a token, 0 for those that may not follow
         if not any(mask):
