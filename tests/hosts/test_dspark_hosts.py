@@ -52,6 +52,7 @@ def drafted(folder: Path, layout: str, source: Path, prompt: int, in_rounds: boo
     return (found, [wanted[step] for step in steps]) if in_rounds else (found[-len(wanted) :], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["inline", "vlm"])
 @pytest.mark.parametrize("source", s.BLOCK_CHECKPOINTS, ids=lambda p: p.parent.name)
@@ -65,6 +66,7 @@ def test_mlx_vlm_fed_one_position_per_call_drafts_the_official_tokens(
         assert found == wanted
 
 
+@pytest.mark.slow
 def test_mlx_vlm_in_rounds_sees_more_than_the_window_and_drafts_otherwise(tmp_path: Path) -> None:
     """Where this fails mlx-vlm was mended: say so in docs/dspark.md, which states the share."""
     counts = [0, 0]
