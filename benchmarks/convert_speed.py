@@ -49,7 +49,9 @@ def run(command: list[str], out: Path) -> tuple[float, float, int]:
 
 def commands(source: Path, vlm_source: Path | None, out: Path, beside: Path | None = None) -> dict[str, list[str]]:
     """Return the commands to be timed, by title."""
-    ours = [sys.executable, "-m", "ds4convert", "quantize", str(source), str(out), "-q", "--json", "--recipe", "native"]
+    # -P: else the package in the current folder, as from a clone, would be imported whatever PYTHONPATH says.
+    ours = [sys.executable, "-P", "-m", "ds4convert", "quantize", str(source), str(out)]
+    ours += ["-q", "--json", "--recipe", "native"]
     found = {
         "cp -r; sync": ["cp", "-r", str(source), str(out)],
         "quantize --no-hash": [*ours, "--no-hash"],

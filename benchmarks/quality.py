@@ -174,13 +174,15 @@ class Bench:
             raise SystemExit("cases of an earlier version need --base CHECKOUT")
 
         def asked(*words: str) -> dict[str, Any]:
-            command = [sys.executable, "-m", "ds4convert", *words, "--json"]
+            # -P: else the package in the current folder would be imported, whatever PYTHONPATH says.
+            command = [sys.executable, "-P", "-m", "ds4convert", *words, "--json"]
             done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(self.base)}, stdout=-1, check=True)
             found: dict[str, Any] = json.loads(done.stdout)
             return found
 
         ample = asked("plan", str(DEMO), "--fit", f"{AMPLE // 10**9}GB")["fit"]
-        fixed = ample["planned_bytes"] - sum(row["bytes"] for row in ample["table"])
+        planned = sum(ample[key] for key in ("weights_bytes", "cache_bytes", "working_bytes"))
+        fixed = planned - sum(row["bytes"] for row in ample["table"])
         asked("quantize", str(DEMO), str(out), "--fit", f"{(size + fixed) / 1e9:.9f}GB")
 
     def experts_at(self, threes: frozenset[tuple[str, int | None]]) -> Recipe:

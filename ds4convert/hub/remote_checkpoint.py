@@ -191,12 +191,15 @@ class _Door:
     """How repos of the Hub are opened."""
 
     def listed(self, text: str) -> Repo:
+        """Return the repo that a text names, listed."""
         return open_repo(text)
 
     def headers(self, listing: Repo) -> Checkpoint:
+        """Return its checkpoint by headers; tensors are read when they are asked for."""
         return read_remote(listing)
 
     def provenance(self, listing: Repo) -> Provenance:
+        """Return the repo and its commit."""
         return origin(listing)
 
 

@@ -326,7 +326,7 @@ def _proven(s: Subject) -> Section:
 def _bytes(s: Subject, record: Manifest | None) -> str:
     """Return whether the files are as they were written: a repo lists digests, which are compared with the manifest."""
     if record is None:
-        return "nothing to compare with: no manifest of ds4convert was found with these files"
+        return "nothing to compare with: no manifest of ds4convert that fits these files was found"
     listed = {f.name: f.sha256 for f in s.files}
     pairs = [(f.sha256, listed.get(f.name)) for f in record.files if f.holds_tensors]
     if s.files and pairs and all(a and b for a, b in pairs):

@@ -145,7 +145,7 @@ def test_a_manifest_of_other_files_is_not_believed(hub: LocalHub, folder: Path, 
     page = tmp_path / "mixed.html"
     assert run_process("inspect", "hf://me/mixed", "--report", page, variables=hub.environment()).code == 0
     words = words_of(page)
-    assert "no manifest of ds4convert was found with these files" in words and "recipe q4" not in words
+    assert "no manifest of ds4convert that fits these files was found" in words and "recipe q4" not in words
 
 
 def test_a_head_alone_has_no_layers_to_draw(hub: LocalHub, tmp_path: Path) -> None:  # noqa: F811

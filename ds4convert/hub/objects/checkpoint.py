@@ -136,12 +136,15 @@ class _Door:
     """How folders of object stores are opened. A copy of one here makes the same result, its manifest included."""
 
     def listed(self, text: str) -> ObjectFolder:
+        """Return the folder that a text names, listed."""
         return open_folder(text)
 
     def headers(self, listing: ObjectFolder) -> Checkpoint:
+        """Return its checkpoint by headers; tensors are read when they are asked for."""
         return read_objects(listing)
 
     def provenance(self, listing: ObjectFolder) -> None:
+        """Return nothing: a copy of the files is as good."""
         return None
 
 
